@@ -2,7 +2,8 @@
  * Reference: pyengine/ops/attention.py: attention.
  *
  *   keys and values             a query sees             products of                                   within, of the reference
- *   F32, heads wider than 256   any number of keys       floats, in the CPU's order: its bits          2e-6 of the spread of values
+ *   F32, keys by channel,       any number of keys       floats, in the CPU's order: its bits          2e-6 of the spread of values
+ *   heads wider than 256
  *   F16, BF16, blocks           up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
  *                               more                     halves, two for each number that is none      2e-6
  *   F32 with products="int8"    any number of keys       halves: all are rounded to 11 bits            1e-3 (int8 allows 5e-3)
@@ -100,9 +101,10 @@ int at_end(int *end, int64_t bytes) {
   return at;
 }
 
-/* Cells of blocks lie so far apart that 4 lanes of 8 keys, 4 bytes each, meet no bank twice. */
+/* Staged cells of blocks lie so far apart that 4 lanes of 8 keys, 4 bytes each, meet no bank twice. */
 int pitch_of(int32_t dtype, int elements) {
-  const pe_format f = cell_format_of(dtype);
+  const int32_t block = channel_format(dtype);
+  const pe_format f = cell_format_of(block != PE_F32 ? block : dtype);
   const int pitch = (int)round_up(elements / f.elements * f.bytes, 16);
   return pitch % 32 ? pitch : pitch + 16;
 }
@@ -146,7 +148,7 @@ void lay_out(Job *w, int queries, int warps, int stages) {
 void lay_out_floats(Job *w, int queries, bool one) {
   Areas &a = w->at;
   int end = 0;
-  const bool codes = w->k_form == BLOCKS, blocks = codes || w->v_form == BLOCKS;
+  const bool codes = w->k_form == BLOCKS, blocks = is_blocky(*w);
   const int pitch = 64 + 4, slice = TILE_KEYS * pitch * 4;
   a.cells = at_end(&end, CELL_KEYS * 4);
   a.rows = at_end(&end, queries * sizeof(Interval));
@@ -187,7 +189,7 @@ int64_t keys_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells) 
 int64_t exact_keys(const pe_tensor *k, const pe_tensor *v, int32_t products) {
   if (k->shape[2] > MOST_HALVES || v->shape[2] > MOST_HALVES) return ANY;
   if (products == PE_ATTENTION_PRODUCTS_INT8) return 0;
-  if (k->dtype == PE_F32 || v->dtype == PE_F32) return ANY;
+  if (k->dtype == PE_F32 || v->dtype == PE_F32 || channel_format(k->dtype) != PE_F32) return ANY;
   const char *own = getenv("PYENGINE_CUDA_EXACT_KEYS");
   return own ? atoll(own) : (int64_t)EXACT_KEYS;
 }
@@ -206,6 +208,7 @@ bool multiple_of_16(const pe_tensor *t) {
 /* wide: whether it is float32 that is copied as it is, or 16-bit numbers. */
 Form form_of(const pe_tensor *t, bool wide) {
   const pe_format f = cell_format_of(t->dtype);
+  if (channel_format(t->dtype) != PE_F32) return CHANNELS;
   if (f.elements > 1) return BLOCKS;
   if (t->stride[2] != f.bytes || t->shape[2] * f.bytes % 16 || !multiple_of_16(t)) return GATHERED;
   return wide == (t->dtype == PE_F32) ? COPIED : GATHERED;
@@ -252,7 +255,7 @@ int64_t rows_together(const Job &w) { return w.cells && w.seq ? (w.m + w.n_seque
 pe_status run_floats(Node *n, pe_stream *s) {
   const bool wide = n->w.e > MOST_HALVES || n->w.f > MOST_HALVES;
   int queries = rows_together(n->w) * n->w.group <= 16 ? 8 : wide ? 16 : 32;
-  const bool blocks = in_blocks(n->w.k) || in_blocks(n->w.v);
+  const bool blocks = is_blocky(n->w);
   lay_out_floats(&n->w, queries, false);
   if (n->w.at.bytes > n->shared && blocks) lay_out_floats(&n->w, queries, true);
   if (n->w.at.bytes > n->shared) lay_out_floats(&n->w, queries = 8, false);
@@ -301,11 +304,11 @@ pe_status check(const pe_tensor *q, const pe_tensor *k, const pe_tensor *v, cons
                 const pe_tensor *sinks, const pe_tensor *bias, const pe_attention_params *p, pe_stream *s) {
   const int64_t h = q->shape[1], g = k->shape[0];
   if (g == 0 || h % g) return pe_fail(s, PE_BAD_SHAPE, "attention: %lld heads share %lld", (long long)h, (long long)g);
-  pe_status bad = check_cells("attention", "k", k, false, s);
+  pe_status bad = check_keys("attention", "k", k, false, s);
   if (!bad) bad = check_cells("attention", "v", v, false, s);
   if (bad) return bad;
   if (p->products == PE_ATTENTION_PRODUCTS_INT8 &&
-      (cells || seq || sinks || bias || p->softcap != 0.0f || cell_format_of(k->dtype).elements > 1 || cell_format_of(v->dtype).elements > 1))
+      (cells || seq || sinks || bias || p->softcap != 0.0f || cell_format_of(k->dtype).elements != 1 || cell_format_of(v->dtype).elements != 1))
     return pe_fail(s, PE_NO_KERNEL, "attention: products of int8 take neither cells nor blocks nor sinks nor a bias nor a soft cap");
   if (v->shape[2] > MOST_COLUMNS)
     return pe_fail(s, PE_NO_KERNEL, "attention: values of %lld elements, at most %d are possible", (long long)v->shape[2], MOST_COLUMNS);
@@ -362,7 +365,7 @@ PE_KERNEL(cuda, attention)(const pe_tensor *q, const pe_tensor *k, const pe_tens
     Node floats = n;
     floats.floats = true;
     floats.w.least = 0, floats.w.most = exact;
-    const bool blocks = in_blocks(w.k) || in_blocks(w.v);
+    const bool blocks = is_blocky(w);
     floats.w.narrow = form_of(k, false) == COPIED && form_of(v, false) == COPIED;
     floats.w.k_form = form_of(k, !blocks && !floats.w.narrow), floats.w.v_form = form_of(v, !blocks && !floats.w.narrow);
     set_chunks(&floats.w, chunks_of(exact < keys ? exact : keys, cells || exact < keys, true));

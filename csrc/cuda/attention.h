@@ -42,6 +42,7 @@ enum Form {
   COPIED,   /* in memory as in shared memory, copied 16 bytes at a time while other tiles are used */
   GATHERED, /* any plain numbers at any distance, read one by one */
   BLOCKS,   /* copied as it is and unpacked there */
+  CHANNELS, /* of K: a block holds a channel of 32 keys, copied and unpacked likewise */
 };
 
 struct Job {
@@ -68,6 +69,9 @@ struct Job {
   bool fine;                        /* in attention of halves: operands that are no halves are two, the second what the first leaves of them */
   Areas at;
 };
+
+/* Is K or V in blocks? */
+inline bool is_blocky(const Job &w) { return in_blocks(w.k) || by_channel(w.k) || in_blocks(w.v); }
 
 __device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
 __device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
@@ -262,9 +266,12 @@ __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Se
       raise(w.fault, PE_BAD_VALUE, cell, w.n_cells);
       cell = -1;
     }
+    if (w.k_form == CHANNELS && cell >= 0 && cell % GROUP_KEYS != j % GROUP_KEYS) raise(w.fault, PE_BAD_VALUE, cell, w.n_cells), cell = -1;
     to[j] = cell;
   }
   __syncthreads();
+  for (int j = threadIdx.x; w.k_form == CHANNELS && j < CELL_KEYS; j += blockDim.x) /* the cells of a group lie side by side */
+    if (j % GROUP_KEYS && to[j] >= 0 && to[j - 1] >= 0 && to[j] != to[j - 1] + 1) raise(w.fault, PE_BAD_VALUE, to[j], w.n_cells);
 }
 
 /* ---- files of kernels, called by attention.cu ---- */

@@ -6,7 +6,8 @@
  * the two a warp owns whole queries for the softmax, whose sums are of keys 16 apart. A masked key is skipped, whatever it holds. Tiles,
  * chunks, tops and all sums are those of csrc/cpu/attention.c, and so are the bits.
  *
- * Keys in blocks stay codes, and queries become codes, all as floats: sums of a block are exact, and times its scale join the score.
+ * Keys in blocks stay codes, and queries become codes, all as floats: sums of a block are exact, and times its scale join the score. Keys by
+ * channel become floats, and queries stay what they are.
  *
  * Shared memory: queries [4 TY][e rounded up to 64, + 4]; of codes their scales, sums of 32 of them and what each block of keys
  * is worth; slices of a tile, [64 keys][64 elements + 4], of K one after the other, then of V; with blocks up to 256 elements of a
@@ -28,7 +29,7 @@ using namespace pe;
 
 enum { THREADS = 128, OWN = 4 /* queries of a thread */, SLICE = 64, PITCH = SLICE + 4, CHUNK = FLOAT_CHUNK_KEYS };
 enum { MINIMA = TILE_KEYS * SLICE / COLUMNS /* of blocks in a slice of a tile: their minima lie so far behind their scales */ };
-enum How { WIDE, NARROW, BLOCKY /* K or V is in blocks */ };
+enum How { WIDE, NARROW, BLOCKY /* K or V is in blocks, K perhaps by channel */ };
 constexpr float SLACK = 8.0f; /* csrc/cpu/attention_softmax.h */
 
 __device__ __forceinline__ int slices_of(int elements) { return (elements + SLICE - 1) / SLICE; }
@@ -140,10 +141,10 @@ __device__ __forceinline__ void unpack_slice(const Cache &c, Form form, int64_t 
 #pragma unroll
         for (int n = 0; n < 8; n++) {
           const float code = (float)(int8_t)(words[n / 4] >> n % 4 * 8);
-          y[n] = worth ? code : c.dtype == PE_Q4_1 ? fmaf(code, d, m) : __fmul_rn(code, d);
+          y[n] = worth ? code : has_least(c.dtype) ? fmaf(code, d, m) : __fmul_rn(code, d);
         }
         if (worth && t == 0) worth[b * TILE_KEYS + key] = d;
-        if (worth && t == 1 && c.dtype == PE_Q4_1) worth[b * TILE_KEYS + key + MINIMA] = m;
+        if (worth && t == 1 && has_least(c.dtype)) worth[b * TILE_KEYS + key + MINIMA] = m;
       }
       *(float4 *)(dest + 4 * t) = make_float4(y[0], y[1], y[2], y[3]);
       *(float4 *)(dest + 16 + 4 * t) = make_float4(y[4], y[5], y[6], y[7]);
@@ -169,6 +170,23 @@ __device__ __forceinline__ void unpack_slice(const Cache &c, Form form, int64_t 
   }
 }
 
+/* The same of keys by channel: a warp has 32 channels of one group, a lane one of them, so that neither its words nor its floats meet a bank
+ * twice. channels: of a group, as many as are staged. */
+__device__ __forceinline__ void unpack_channels(const Cache &c, const char *staged, int channels, int first, float *to) {
+  const int32_t format = channel_format(c.dtype);
+  const int h = warp_of() / (SLICE / COLUMNS), channel = again(warp_of() % (SLICE / COLUMNS) * COLUMNS + lane_of());
+  const char *block = staged + (h * channels + first % STRETCH + channel) * cell_format_of(format).bytes;
+  const bool there = first + channel < c.elements;
+  const float d = there ? scale_of(block) : 0.0f, m = there ? least_of(block, format) : 0.0f;
+  to += GROUP_KEYS * h * PITCH + channel;
+#pragma unroll 2
+  for (int i = 0; i < GROUP_KEYS / 4; i++) {
+    const uint32_t codes = there ? four_codes_of(block, format, i) : 0;
+#pragma unroll
+    for (int n = 0; n < 4; n++) to[(4 * i + n) * PITCH] = fmaf((float)(codes >> 8 * n & 255), d, m);
+  }
+}
+
 /* The same where K or V is in blocks. Stretches of cells, of K, then of V, come as they lie, in whole sectors: two are on their way or in
  * use, or one. Numbers that are not copied are read where they lie when their slice's turn comes; staged are their cells. */
 template <> struct Slices<BLOCKY> {
@@ -191,11 +209,15 @@ template <> struct Slices<BLOCKY> {
       if ((of_keys ? w.k_form : w.v_form) == GATHERED) {
         if (threadIdx.x < TILE_KEYS) ((int32_t *)stage(w, to))[threadIdx.x] = cells[threadIdx.x];
       } else {
-        const pe_format f = cell_format_of(part.dtype);
-        const int first = (of_keys ? coming : coming - keys) * STRETCH;
-        part.data += first / f.elements * f.bytes;
-        part.elements = min(STRETCH, part.elements - first);
-        load_tile<false>(part, BLOCKS, u.g, cells, of_keys ? w.at.k_pitch : w.at.v_pitch, stage(w, to));
+        const int first = (of_keys ? coming : coming - keys) * STRETCH, n = min(STRETCH, part.elements - first);
+        if (of_keys && w.k_form == CHANNELS) {
+          copy_groups(part, u.g, cells, first, n, stage(w, to));
+        } else {
+          const pe_format f = cell_format_of(part.dtype);
+          part.data += first / f.elements * f.bytes;
+          part.elements = n;
+          load_tile<false>(part, BLOCKS, u.g, cells, of_keys ? w.at.k_pitch : w.at.v_pitch, stage(w, to));
+        }
       }
       if (++coming == keys + stretches_of(w.f)) {
         coming = 0;
@@ -213,8 +235,10 @@ template <> struct Slices<BLOCKY> {
     float *is = area<float>(w.at.k_ready);
     if (first % STRETCH == 0) wait_for_copies(w.at.one ? 0 : 1);
     __syncthreads();
-    unpack_slice(of_keys ? w.k : w.v, of_keys ? w.k_form : w.v_form, u.g, stage(w, from), of_keys ? w.at.k_pitch : w.at.v_pitch, first,
-                 of_keys && w.k_form == BLOCKS ? area<float>(w.at.k_scale) : nullptr, is);
+    if (of_keys && w.k_form == CHANNELS) unpack_channels(w.k, stage(w, from), min(STRETCH, w.e - first / STRETCH * STRETCH), first, is);
+    else
+      unpack_slice(of_keys ? w.k : w.v, of_keys ? w.k_form : w.v_form, u.g, stage(w, from), of_keys ? w.at.k_pitch : w.at.v_pitch, first,
+                   of_keys && w.k_form == BLOCKS ? area<float>(w.at.k_scale) : nullptr, is);
     __syncthreads();
     slice = slice + 1 == all ? 0 : slice + 1;
     if (slice == 0 || slice == keys || (first + SLICE) % STRETCH == 0) { /* the stretch has been used */
@@ -300,7 +324,7 @@ __device__ __forceinline__ void add_float_scores(const float *q, int q_pitch, co
   }
 }
 
-/* The same of codes: each block's sum times its scale; for Q4_1 the sum of the query's codes times its minimum too. q_sums: [query][ne], of
+/* The same of codes: each block's sum times its scale, and the sum of the query's codes times its minimum, if it has one. q_sums: [query][ne], of
  * this slice and query 4 ty. */
 template <int TX>
 __device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pitch, const float *q_sums, int blocks, const float *k, int tx,
@@ -314,7 +338,7 @@ __device__ __forceinline__ void add_codes(const Job &w, const float *q, int q_pi
 #pragma unroll
       for (int i = 0; i < OWN; i++) {
         s[i][j] = fmaf(dot[i][j], scales[TX * j], s[i][j]);
-        if (w.k.dtype == PE_Q4_1) s[i][j] = fmaf(q_sums[i * w.ne], scales[TX * j + MINIMA], s[i][j]);
+        if (has_least(w.k.dtype)) s[i][j] = fmaf(q_sums[i * w.ne], scales[TX * j + MINIMA], s[i][j]);
       }
   }
 }
@@ -515,7 +539,7 @@ __global__ void __launch_bounds__(THREADS, BESIDE<TY, N>) attend_floats_kernel(c
 
 template <int TY, int N>
 void launch_floats(const Job &w, dim3 grid, cudaStream_t stream) {
-  if (in_blocks(w.k) || in_blocks(w.v)) launch(stream, attend_floats_kernel<TY, N, BLOCKY>, grid, dim3(THREADS), w.at.bytes, w);
+  if (is_blocky(w)) launch(stream, attend_floats_kernel<TY, N, BLOCKY>, grid, dim3(THREADS), w.at.bytes, w);
   else if (w.narrow) launch(stream, attend_floats_kernel<TY, N, NARROW>, grid, dim3(THREADS), w.at.bytes, w);
   else launch(stream, attend_floats_kernel<TY, N, WIDE>, grid, dim3(THREADS), w.at.bytes, w);
 }

@@ -67,6 +67,24 @@ __device__ __forceinline__ void copy_cells(const Cache &c, int64_t head, const i
   }
 }
 
+/* The cell where group `h` of a tile begins, or -1 where no key of it is wanted. By a warp. */
+__device__ __forceinline__ int group_of_cells(const int32_t *cells, int h) {
+  const int cell = cells[GROUP_KEYS * h + lane_of()];
+  const unsigned wanted = __ballot_sync(0xffffffffu, cell >= 0);
+  return wanted ? __shfl_sync(0xffffffffu, cell, __ffs((int)wanted) - 1) / GROUP_KEYS * GROUP_KEYS : -1;
+}
+
+/* Copy channels first .. first + n - 1 of a tile's groups of keys as they are, [group][n] blocks; zeros where no key is wanted. By all threads. */
+__device__ __forceinline__ void copy_groups(const Cache &c, int64_t head, const int32_t *cells, int first, int n, char *to) {
+  const int bytes = cell_format_of(channel_format(c.dtype)).bytes, parts = n * bytes / 16;
+#pragma unroll
+  for (int h = 0; h < TILE_KEYS / GROUP_KEYS; h++) {
+    const int begin = group_of_cells(cells, h);
+    const char *from = begin < 0 ? c.data : cell_at(c, head, begin) + first * bytes;
+    for (int i = again(threadIdx.x); i < parts; i += blockDim.x) cp_async16(to + (h * parts + i) * 16, from + (begin < 0 ? 0 : 16 * i), begin >= 0);
+  }
+}
+
 /* Begin to load a tile of K or V. cells: of its 64 keys. By all threads; a group of copies is not closed. */
 template <bool VALUES>
 __device__ __forceinline__ void load_tile(const Cache &c, Form form, int64_t head, const int32_t *cells, int pitch, char *to) {
@@ -119,27 +137,33 @@ __device__ __forceinline__ uint32_t word_at(const char *p) {
 /* Four codes of Q4_0 less 8: bytes do not carry into each other. */
 __device__ __forceinline__ uint32_t less_8(uint32_t nibbles) { return (nibbles + 0x78787878u) ^ 0x80808080u; }
 
-/* Codes 4 i .. 4 i + 3 of a block, as signed bytes. Q4_1's are 0 .. 15. */
+/* Codes 4 i .. 4 i + 3 of a block, as signed bytes. Those of Q4_1 and Q2_1 are 0 .. 15 and 0 .. 3. */
 __device__ __forceinline__ uint32_t four_codes_of(const char *block, int32_t dtype, int i) {
   if (dtype == PE_Q8_0) return word_at(block + 2 + 4 * i);
+  if (dtype == PE_Q2_1) {
+    const uint32_t four = (uint8_t)block[4 + i];
+    return (four | four << 6 | four << 12 | four << 18) & 0x03030303u;
+  }
   const uint32_t x = word_at(block + (dtype == PE_Q4_0 ? 2 : 4) + 4 * (i % 4)) >> (i / 4 * 4) & 0x0f0f0f0fu;
   return dtype == PE_Q4_0 ? less_8(x) : x;
 }
 
-/* Codes 4 t .. 4 t + 3 and 16 + 4 t .. of a block, as signed bytes. Q4_1's are 0 .. 15. */
+/* Codes 4 t .. 4 t + 3 and 16 + 4 t .. of a block, likewise. */
 __device__ __forceinline__ uint2 codes_of(const char *block, int32_t dtype, int t) {
   if (dtype == PE_Q8_0) return make_uint2(word_at(block + 2 + 4 * t), word_at(block + 18 + 4 * t));
+  if (dtype == PE_Q2_1) return make_uint2(four_codes_of(block, PE_Q2_1, t), four_codes_of(block, PE_Q2_1, 4 + t));
   const uint32_t both = word_at(block + (dtype == PE_Q4_0 ? 2 : 4) + 4 * t);
   const uint2 x = make_uint2(both & 0x0f0f0f0fu, both >> 4 & 0x0f0f0f0fu);
   return dtype == PE_Q4_0 ? make_uint2(less_8(x.x), less_8(x.y)) : x;
 }
 
 __device__ __forceinline__ float scale_of(const char *block) { return from_half(*(const uint16_t *)block); }
+__device__ __forceinline__ bool has_least(int32_t dtype) { return dtype == PE_Q4_1 || dtype == PE_Q2_1; }
 __device__ __forceinline__ float least_of(const char *block, int32_t dtype) {
-  return dtype == PE_Q4_1 ? from_half(*(const uint16_t *)(block + 2)) : 0.0f;
+  return has_least(dtype) ? from_half(*(const uint16_t *)(block + 2)) : 0.0f;
 }
 
-/* A tile of keys in blocks: codes, scales [block of columns][key] and for Q4_1 minima behind all scales. */
+/* A tile of keys in blocks: codes, scales [block of columns][key], and minima, if any, behind all scales. */
 __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
   char *codes = area<char>(w.at.k_ready);
   float *scales = area<float>(w.at.k_scale);
@@ -149,7 +173,7 @@ __device__ __forceinline__ void unpack_keys(const Job &w, const char *from) {
     const char *block = from + key * w.at.k_pitch + b * bytes;
     *(uint2 *)(codes + b * CODE_TILE + key * 32 + t * 8) = codes_of(block, w.k.dtype, t);
     if (t == 0) scales[i] = scale_of(block);
-    if (t == 1 && w.k.dtype == PE_Q4_1) scales[i + TILE_KEYS * w.ne] = least_of(block, PE_Q4_1);
+    if (t == 1 && has_least(w.k.dtype)) scales[i + TILE_KEYS * w.ne] = least_of(block, w.k.dtype);
   }
 }
 
@@ -420,7 +444,7 @@ struct PackedKeys {
 template <int KEYS, class Source>
 __device__ __forceinline__ void scores_of_codes(const Job &w, int first, int n, const Source &k, int key, float (&s)[KEYS][4]) {
   const int g = lane_of() / 4, magic = 0x4b400000; /* 12582912 as a float */
-  const bool has_minima = w.k.dtype == PE_Q4_1;
+  const bool has_minima = has_least(w.k.dtype);
   const char *q = area<char>(w.at.q) + first * 32 + lane_of() * 8;
   const int32_t *sums = area<int32_t>(w.at.q_sum) + first + g;
 #pragma unroll

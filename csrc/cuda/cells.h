@@ -1,6 +1,7 @@
 /* cells.h: what one cell of a key/value cache holds, one head of one token, in kernels: plain numbers (F32, F16, BF16), or blocks of 32
- * as csrc/quants.h draws them (Q8_0, Q4_0, Q4_1). Writing gives the bytes that csrc/cpu/cells.h gives for the same floats. In an array
- * of plain numbers the elements of a cell may lie at any distance, blocks lie side by side.
+ * as csrc/quants.h draws them (Q8_0, Q4_0, Q4_1, Q2_1). Writing gives the bytes that csrc/cpu/cells.h gives for the same floats. In an
+ * array of plain numbers the elements of a cell may lie at any distance, blocks lie side by side. Keys by channel have a block for each
+ * channel of GROUP_KEYS cells.
  *
  * Blocks hold mixed elements, H x of a key or value x, for one Hadamard matrix H (pyengine/ops/rope.py: mixed). */
 #ifndef PE_CUDA_CELLS_H
@@ -15,7 +16,7 @@ namespace pe {
 __host__ __device__ __forceinline__ pe_format cell_format_of(int32_t dtype) {
   switch (dtype) {
 #define PE_CELL(name) case PE_##name: return pe_format{PE_BLOCK_##name, PE_BYTES_##name};
-    PE_CELL(F32) PE_CELL(F16) PE_CELL(BF16) PE_CELL(Q8_0) PE_CELL(Q4_0) PE_CELL(Q4_1)
+    PE_CELL(F32) PE_CELL(F16) PE_CELL(BF16) PE_CELL(Q8_0) PE_CELL(Q4_0) PE_CELL(Q4_1) PE_CELL(Q2_1)
 #undef PE_CELL
     default: return pe_format{0, 0};
   }
@@ -41,12 +42,36 @@ __device__ __forceinline__ char *cell_at(const Cache &c, int64_t head, int64_t c
 inline pe_status check_cells(const char *op, const char *name, const pe_tensor *t, bool side_by_side, pe_stream *s) {
   const pe_format f = cell_format_of(t->dtype);
   if (!f.elements)
-    return pe_fail(s, PE_NO_KERNEL, "%s: '%s' has dtype %d; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are possible", op, name, t->dtype);
+    return pe_fail(s, PE_NO_KERNEL, "%s: '%s' has dtype %d; F32, F16, BF16, Q8_0, Q4_0, Q4_1 and Q2_1 are possible", op, name, t->dtype);
   if (t->shape[2] % f.elements)
     return pe_fail(s, PE_BAD_SHAPE, "%s: %lld elements of '%s' are no whole blocks", op, (long long)t->shape[2], name);
   if ((side_by_side || f.elements > 1) && t->stride[2] != f.bytes)
     return pe_fail(s, PE_NO_KERNEL, "%s: the elements of '%s' do not lie side by side", op, name);
   return PE_OK;
+}
+
+/* ---- keys by channel: a block holds one channel of the keys of a group, which are not mixed ---- */
+
+enum { GROUP_KEYS = 32 };
+
+/* The format of their blocks; PE_F32 where keys are not by channel. */
+__host__ __device__ __forceinline__ int32_t channel_format(int32_t dtype) {
+  return dtype == PE_Q4_1_CHANNELS ? PE_Q4_1 : dtype == PE_Q2_1_CHANNELS ? PE_Q2_1 : PE_F32;
+}
+__host__ __device__ __forceinline__ bool by_channel(const Cache &c) { return channel_format(c.dtype) != PE_F32; }
+
+inline pe_status check_channels(const char *op, const char *name, const pe_tensor *t, pe_stream *s) {
+  const int64_t bytes = cell_format_of(channel_format(t->dtype)).bytes;
+  if (t->shape[2] % 32 || t->shape[1] % GROUP_KEYS || t->stride[2] != bytes || t->stride[1] != t->shape[2] / 32 * bytes ||
+      (((uintptr_t)t->data | (uintptr_t)t->stride[0]) & 15))
+    return pe_fail(s, PE_BAD_SHAPE, "%s: '%s' is no groups of %d cells, which lie side by side, of %lld elements", op, name, (int)GROUP_KEYS,
+                   (long long)t->shape[2]);
+  return PE_OK;
+}
+
+/* Keys that may be by channel. */
+inline pe_status check_keys(const char *op, const char *name, const pe_tensor *t, bool side_by_side, pe_stream *s) {
+  return channel_format(t->dtype) != PE_F32 ? check_channels(op, name, t, s) : check_cells(op, name, t, side_by_side, s);
 }
 
 /* ---- mixing ---- */
@@ -113,6 +138,42 @@ __device__ __forceinline__ float lanes_max(float x) {
   return x;
 }
 
+/* In the order of v16f_sum of csrc/cpu/simd.h, of the sums of elements i and i + 16. */
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x = __fadd_rn(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+/* Of 2 bits a code, m and d are searched for: what csrc/cpu/cells.h (store_q2_1) does, operation by operation. */
+__device__ __forceinline__ void store_q2_1(char *block, float x) {
+  const int lane = threadIdx.x % 32;
+  const float low = -lanes_max(-x), high = lanes_max(x), middle = __fmul_rn(__fadd_rn(low, high), 0.5f), mean = __fmul_rn(lanes_sum(x), 1.0f / 32);
+  float best = INFINITY, scale = 0.0f, least = 0.0f;
+  uint32_t code = 0;
+#pragma unroll 1
+  for (int from = 0; from < 2; from++) {
+    const float reach = __fmul_rn(__fsub_rn(high, low), from ? 0.375f : 0.5f);
+    float m = __fsub_rn(middle, reach), d = __fmul_rn(reach, 2.0f / 3);
+#pragma unroll 1
+    for (int i = 0; i < 3; i++) {
+      const float dh = from_half(half_bits(d)), mh = from_half(half_bits(m));
+      const float q = floorf(fminf(fmaxf(__fadd_rn(__fmul_rn(__fsub_rn(x, mh), inverse(dh)), 0.5f), 0.0f), 3.0f));
+      const float off = __fsub_rn(__fadd_rn(__fmul_rn(q, dh), mh), x), sum = lanes_sum(__fmul_rn(off, off));
+      if (!(sum >= best)) best = sum, scale = dh, least = mh, code = (uint32_t)q; /* so too where it is no number */
+      const float all = lanes_sum(q), p = __fsub_rn(q, __fmul_rn(all, 1.0f / 32)), spread = lanes_sum(__fmul_rn(p, p));
+      if (!(spread > 0.0f)) break;
+      d = __fdiv_rn(lanes_sum(__fmul_rn(p, __fsub_rn(x, mean))), spread);
+      m = __fsub_rn(mean, __fmul_rn(__fmul_rn(d, all), 1.0f / 32));
+    }
+  }
+  code <<= 2 * (lane % 16);
+#pragma unroll
+  for (int d = 8; d; d /= 2) code |= __shfl_xor_sync(0xffffffffu, code, d);
+  if (lane % 16 == 0) ((uint16_t *)block)[2 + lane / 8] = (uint16_t)code, ((uint16_t *)block)[3 + lane / 8] = (uint16_t)(code >> 16);
+  if (lane == 0) ((uint16_t *)block)[0] = half_bits(scale), ((uint16_t *)block)[1] = half_bits(least);
+}
+
 /* One block, by a warp: lane i holds element i. Blocks are aligned to 2 bytes. */
 __device__ __forceinline__ void store_block(char *block, int32_t dtype, float x) {
   const int lane = threadIdx.x % 32;
@@ -124,6 +185,7 @@ __device__ __forceinline__ void store_block(char *block, int32_t dtype, float x)
     if (lane == 0) head[0] = half_bits(d);
     return;
   }
+  if (dtype == PE_Q2_1) return store_q2_1(block, x);
   int code;
   if (dtype == PE_Q4_0) { /* d = the first x with the largest |x|, over -8; codes x / d + 8.5 cut to an integer, rounded once */
     const float most = lanes_max(fabsf(x));

@@ -93,6 +93,12 @@ __device__ __forceinline__ int find_rows(const Sums &w, List &list, int base, in
   return n;
 }
 
+/* Code i of a block of Q4_0, Q4_1 or Q2_1. */
+__device__ __forceinline__ int code_of(const char *block, int32_t dtype, int i) {
+  const uint8_t *codes = (const uint8_t *)block + (dtype == PE_Q4_0 ? 2 : 4);
+  return dtype == PE_Q2_1 ? codes[i / 4] >> i % 4 * 2 & 3 : codes[i % 16] >> i / 16 * 4 & 15;
+}
+
 /* Element i of a cell, in any format. */
 __device__ __forceinline__ float element_of(const Cache &c, const char *cell, int i) {
   const pe_format f = cell_format_of(c.dtype);
@@ -100,9 +106,27 @@ __device__ __forceinline__ float element_of(const Cache &c, const char *cell, in
   const char *block = cell + i / 32 * f.bytes;
   const float d = from_half(*(const uint16_t *)block);
   if (c.dtype == PE_Q8_0) return d * (float)((const int8_t *)block)[2 + i % 32];
-  const uint8_t pair = ((const uint8_t *)block)[(c.dtype == PE_Q4_0 ? 2 : 4) + i % 16];
-  const int code = i % 32 < 16 ? pair & 15 : pair >> 4;
+  const int code = code_of(block, c.dtype, i % 32);
   return c.dtype == PE_Q4_0 ? d * (float)(code - 8) : fmaf((float)code, d, from_half(*(const uint16_t *)(block + 2)));
+}
+
+/* Element `at` of 16 keys by channel, `pitch` apart; 0 where there is none. A lane has a channel; its block is the same as long as the group is. */
+__device__ __forceinline__ void load_channel(const Cache &c, const int32_t *cells, int at, int pitch, float *to) {
+  const int32_t format = channel_format(c.dtype);
+  const char *block = nullptr;
+  float d = 0.0f, m = 0.0f;
+  int group = -1;
+#pragma unroll 1
+  for (int j = 0; j < 16; j++, to += pitch) {
+    const int cell = cells[j];
+    const bool there = (uint32_t)cell < c.cells && at < c.elements;
+    if (there && cell / GROUP_KEYS != group) {
+      group = cell / GROUP_KEYS;
+      block = cell_at(c, blockIdx.y, group * GROUP_KEYS) + at * cell_format_of(format).bytes;
+      d = from_half(*(const uint16_t *)block), m = from_half(*(const uint16_t *)(block + 2));
+    }
+    *to = there ? fmaf((float)code_of(block, format, cell % GROUP_KEYS), d, m) : 0.0f;
+  }
 }
 
 template <int KEYS> __device__ __forceinline__ void load_keys(const Sums &w, Shared<KEYS> &sh, int first) {
@@ -110,6 +134,11 @@ template <int KEYS> __device__ __forceinline__ void load_keys(const Sums &w, Sha
   const int32_t *map = (const int32_t *)((const char *)w.cells + blockIdx.z * w.cells_stride);
   for (int j = threadIdx.x; j < KEYS; j += THREADS) sh.cells[j] = first + j < w.l ? map[first + j] : -1;
   __syncthreads();
+  if (by_channel(w.k)) {
+    for (int i = threadIdx.x; i < KEYS / 16 * w.pitch; i += THREADS)
+      load_channel(w.k, sh.cells + i / w.pitch * 16, i % w.pitch, w.pitch, to + i / w.pitch * 16 * w.pitch + i % w.pitch);
+    return;
+  }
 #pragma unroll 1 /* side by side, all formats of several elements are more than a thread has registers for */
   for (int i = threadIdx.x; i < KEYS * w.pitch; i += THREADS) {
     const int cell = sh.cells[i / w.pitch], at = i % w.pitch;
@@ -239,7 +268,7 @@ PE_KERNEL(cuda, key_sums)(const pe_tensor *sums, const pe_tensor *q, const pe_te
   if (sums->shape[2] > CHANNELS || q->shape[2] > MOST_ELEMENTS)
     return pe_fail(s, PE_NO_KERNEL, "key_sums: %lld channels and heads of %lld elements; at most %d and %d are possible", (long long)sums->shape[2],
                    (long long)q->shape[2], CHANNELS, MOST_ELEMENTS);
-  const pe_status bad = check_cells("key_sums", "k", k, false, s);
+  const pe_status bad = check_keys("key_sums", "k", k, false, s);
   if (bad) return bad;
   w.sums = static_cast<float *>(sums->data), w.n_keys = sums->shape[1], w.channels = (int)sums->shape[2];
   w.stats = data_of<float>(stats), w.weights = data_of<float>(weights), w.fault = fault(s);

@@ -13,7 +13,8 @@
  * 8 products one after the other, as in emulation, results over caches of plain numbers have the CPU's bits.
  *
  * Where keys lie in blocks, queries are mixed and rounded to 8 bits first, one scale a head, and products are of codes, exact in float: each
- * block's sum times its scale joins the score, as on the CPU; results over blocks are mixed back. products="int8" allows the CPU to round
+ * block's sum times its scale joins the score, as on the CPU; results over blocks are mixed back. Keys by channel become floats: half a tile is
+ * a group of theirs. products="int8" allows the CPU to round
  * more; here it is computed as "float". Values wider than 256 take 8 queries a threadgroup, whose sums then fit the registers.
  *
  * Roofline of attention_chunks: a threadgroup reads the cells of its keys once. Of each byte of F16, 8 queries make 8 operations and 32
@@ -27,7 +28,7 @@
 
 PE_CONSTANT(int, K_FORMAT, 0);
 PE_CONSTANT(int, V_FORMAT, 1);
-PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned; blocks: cells are whole words */
+PE_CONSTANT(bool, K_WHOLE, 2);     /* elements of a cell lie side by side, four of them aligned; blocks: cells, or groups, are whole words */
 PE_CONSTANT(bool, V_WHOLE, 3);
 PE_CONSTANT(int, TILES, 4);        /* of 8 queries in a threadgroup: 1 or 4; 1 with more than 4 slices */
 PE_CONSTANT(int, SLICES, 5);       /* of 64 elements of a value */
@@ -166,6 +167,17 @@ static inline void find_cells(constant attention_args &a, thread const work &w, 
       raise_fault(fault, FAULT_BAD_VALUE, cell, a.n_cells);
       cell = -1;
     }
+    if (by_channel(K_FORMAT) && cell >= 0) {                /* has the key's place in its group, behind the key before it */
+      const int place = key % GROUP_KEYS;
+      bool good = cell % GROUP_KEYS == place;
+      for (int i = 0; PAGED && place && good && i < 8 * TILES; i++)
+        if (ints(shared, AT_RUN_LO)[i] < key && key < ints(shared, AT_RUN_HI)[i])
+          good = cells[(long)w.sequence * a.cells_stride + (key - 1) % a.l] == cell - 1;
+      if (!good) {
+        raise_fault(fault, FAULT_BAD_VALUE, cell, a.n_cells);
+        cell = -1;
+      }
+    }
   }
   ints(shared, AT_CELLS)[w.index] = cell;
 }
@@ -184,6 +196,33 @@ static inline void copy_cells(int format, bool words, device const uchar *head, 
     else *(threadgroup ushort *)(raw + key * RAW_STRIDE + at) = *(device const ushort *)(head + cell * cell_bytes + at);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/* Channels from .. from + 255 of the group of keys that half a tile is, as they are, side by side; the cells' own bytes follow from its first one. */
+static inline void copy_group(constant attention_args &a, bool words, device const uchar *head, int from, int half_, threadgroup float *shared, int index) {
+  threadgroup uchar *raw = (threadgroup uchar *)(shared + AT_RAW);
+  const int bytes = block_bytes(channel_format(K_FORMAT)), size = words ? 4 : 2, n = min((int)RAW_RUN, a.e - from) * bytes / size;
+  const int cell = ints(shared, AT_CELLS)[HALF * half_ + index % 32];
+  const uint wanted = (uint)(ulong)simd_ballot(cell >= 0);
+  const int first = simd_shuffle(cell, (ushort)(wanted ? ctz(wanted) : 0u));
+  head += (wanted ? first / GROUP_KEYS * GROUP_KEYS : 0) * a.k_cell + from * bytes;
+  for (int i = index; i < n; i += 128) {
+    if (words) *(threadgroup uint *)(raw + 4 * i) = wanted ? *(device const uint *)(head + 4 * i) : 0u;
+    else *(threadgroup ushort *)(raw + 2 * i) = wanted ? *(device const ushort *)(head + 2 * i) : (ushort)0;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+/* Channels from .. from + 63 of that group. A thread owns a channel of 16 keys: blocks are an odd number of words apart. */
+static inline void load_channels(int from, int count, threadgroup float *shared, int index) {
+  const int format = channel_format(K_FORMAT), channel = index % SLICE, key = index / SLICE * (HALF / 2);
+  threadgroup const uchar *block = (threadgroup const uchar *)(shared + AT_RAW) + (from % RAW_RUN + channel) * block_bytes(format);
+  threadgroup float *to = shared + AT_SLICE + key * SLICE_STRIDE + channel;
+  const bool there = from + channel < count;
+  for (int j = 0; j < HALF / 2; j += 4) {
+    const float4 y = there ? block4(format, block, key + j) : float4(0.0f);
+    for (int i = 0; i < 4; i++) to[(j + i) * SLICE_STRIDE] = y[i];
+  }
 }
 
 /* Elements from .. from + 63 of the keys or values of half a tile, or their codes, zero where there are none. A thread owns four of every 8th
@@ -213,7 +252,7 @@ static inline void add_block(constant attention_args &a, thread const work &w, d
     for (int e = 0; e < 2; e++) {
       const float2 of = scales_of(K_FORMAT, raw + (key0 + 8 * t + w.c[e]) * RAW_STRIDE, block % (RAW_RUN / 32));
       float y = fma(s[t].thread_elements()[e], of.x, total[2 * t + e]);
-      if (K_FORMAT == PE_Q4_1) y = fma(q[w.r[e] * a.eq + a.ep + 1 + block], of.y, y);
+      if (has_least(K_FORMAT)) y = fma(q[w.r[e] * a.eq + a.ep + 1 + block], of.y, y);
       total[2 * t + e] = y;
     }
     s[t] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -231,7 +270,9 @@ static inline void score_keys(constant attention_args &a, thread const work &w, 
   k += w.head * a.k_head;
   for (int from = 0; from < a.ep; from += SLICE) {
     if (is_block(K_FORMAT) && from % RAW_RUN == 0) copy_cells(K_FORMAT, K_WHOLE, k, a.k_cell, from, a.e, half_, shared, w.index);
-    load_slice(K_FORMAT, is_block(K_FORMAT), K_WHOLE, k, a.k_cell, a.k_step, from, a.e, half_, shared, w.index);
+    if (by_channel(K_FORMAT) && from % RAW_RUN == 0) copy_group(a, K_WHOLE, k, from, half_, shared, w.index);
+    if (by_channel(K_FORMAT)) load_channels(from, a.e, shared, w.index);
+    else load_slice(K_FORMAT, is_block(K_FORMAT), K_WHOLE, k, a.k_cell, a.k_step, from, a.e, half_, shared, w.index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = 0; i < min((int)SLICE, a.ep - from); i += 8) {
       simdgroup_float8x8 left, right;

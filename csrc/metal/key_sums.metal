@@ -63,9 +63,27 @@ static inline float element_of(constant sums_args &a, device const uchar *cell, 
   device const uchar *block = cell + i / 32 * block_bytes(K_FORMAT);
   const float d = (float)*(device const half *)block;
   if (K_FORMAT == PE_Q8_0) return (float)(int)(char)block[2 + i % 32] * d;
-  const int pair = block[(K_FORMAT == PE_Q4_0 ? 2 : 4) + i % 16], code = i % 32 < 16 ? pair & 15 : pair >> 4;
+  const int code = code_of(K_FORMAT, block, i % 32);
   if (K_FORMAT == PE_Q4_0) return (float)(code - 8) * d;
   return fma((float)code, d, (float)*(device const half *)(block + 2));
+}
+
+/* Element `at` of 8 keys by channel, `pitch` apart; 0 where there is none. Its block is the same as long as the group is. head: of the cache. */
+static inline void load_channel(constant sums_args &a, device const uchar *head, threadgroup const int *cells, int at, threadgroup float *to) {
+  const int format = channel_format(K_FORMAT);
+  device const uchar *block = head;
+  int group = -1;
+  float d = 0.0f, m = 0.0f;
+  for (int j = 0; j < 8; j++) {
+    const int cell = cells[j];
+    const bool there = cell >= 0 && cell < a.n_cells && at < a.e;
+    if (there && cell / GROUP_KEYS != group) {
+      group = cell / GROUP_KEYS;
+      block = head + group * GROUP_KEYS * a.k_cell + at * block_bytes(format);
+      d = (float)((device const half *)block)[0], m = (float)((device const half *)block)[1];
+    }
+    to[j * a.pitch] = there ? fma((float)code_of(format, block, cell % GROUP_KEYS), d, m) : 0.0f;
+  }
 }
 
 kernel void key_sums_tiles(constant sums_args &a [[buffer(0)]], device float *sums [[buffer(1)]], device const float *queries [[buffer(2)]],
@@ -107,7 +125,9 @@ kernel void key_sums_tiles(constant sums_args &a [[buffer(0)]], device float *su
     if (n && !loaded) {
       for (int j = index; j < KEYS; j += THREADS) ints(shared, AT_CELLS)[j] = first + j < a.l ? cells[(long)sequence * a.cells_stride + first + j] : -1;
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int i = index; i < KEYS * a.pitch; i += THREADS) {
+      for (int i = index; by_channel(K_FORMAT) && i < KEYS / 8 * a.pitch; i += THREADS)
+        load_channel(a, k + head * a.k_head, ints(shared, AT_CELLS) + i / a.pitch * 8, i % a.pitch, keys + i / a.pitch * 8 * a.pitch + i % a.pitch);
+      for (int i = index; !by_channel(K_FORMAT) && i < KEYS * a.pitch; i += THREADS) {
         const int cell = ints(shared, AT_CELLS)[i / a.pitch], j = i % a.pitch;
         keys[i] = cell >= 0 && cell < a.n_cells && j < a.e ? element_of(a, k + head * a.k_head + cell * a.k_cell, j) : 0.0f;
       }

@@ -113,12 +113,12 @@ kernel void append_heads(constant append_args &a [[buffer(0)]], device const flo
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lane; offset && i < a.width; i += 32) own[i] -= offset[(long)g * a.width + i];
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    if (format_in_blocks(K_FORMAT)) own = mixed(own, other, a.width, a.k_run, a.k_shrink, lane);
+    if (is_block(K_FORMAT)) own = mixed(own, other, a.width, a.k_run, a.k_shrink, lane);
     store_cell(K_FORMAT, k_cache + g * a.k_head + cell * a.k_cell, own, a.width, lane);
   } else {
     for (int i = lane; i < a.v_width; i += 32) own[i] = v[((long)row * a.kv_heads + g) * a.v_width + i];
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    if (format_in_blocks(V_FORMAT)) own = mixed(own, other, a.v_width, a.v_run, a.v_shrink, lane);
+    if (is_block(V_FORMAT)) own = mixed(own, other, a.v_width, a.v_run, a.v_shrink, lane);
     store_cell(V_FORMAT, v_cache + g * a.v_head + cell * a.v_cell, own, a.v_width, lane);
   }
 }

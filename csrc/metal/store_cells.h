@@ -4,7 +4,7 @@
 #ifndef PE_METAL_STORE_CELLS_H
 #define PE_METAL_STORE_CELLS_H
 
-#include "common.h"
+#include "cells.h"
 
 /* x = H x for n elements (a multiple of 32) in threadgroup memory, with room for n more at y; returns where the result is. H: for each run
  * of `run` elements, the largest power of two that divides n, a Hadamard matrix over sqrt(run), whose inverse is `shrink`. A product within
@@ -45,6 +45,12 @@ static inline int round_away(float x) {
   return (int)(x < 0.0f ? -r : r);
 }
 
+/* In the order of v16f_sum of csrc/cpu/simd.h, of the sums of elements i and i + 16. */
+static inline float lanes_sum(float x) {
+  for (ushort apart = 16; apart > 0; apart /= 2) x += simd_shuffle_xor(x, apart);
+  return x;
+}
+
 static inline float inverse_of(float d) { return d != 0.0f ? 1.0f / d : 0.0f; }
 
 static inline void store_nibbles(device uchar *to, int code, int lane) {
@@ -83,6 +89,36 @@ static inline void store_q4_1(device uchar *to, float x, int lane) {
   store_nibbles(to + 4, min(15, (int)(scaled + 0.5f)), lane);
 }
 
+/* m and d are searched for: what csrc/cpu/cells.h (store_q2_1) does, operation by operation */
+static inline void store_q2_1(device uchar *to, float x, int lane) {
+  const float low = -simd_max(-x), high = simd_max(x), middle = (low + high) * 0.5f, mean = lanes_sum(x) * (1.0f / 32);
+  float best = INFINITY, scale = 0.0f, least = 0.0f;
+  uint code = 0;
+  for (int from = 0; from < 2; from++) {
+    const float reach = (high - low) * (from ? 0.375f : 0.5f);
+    float m = middle - reach, d = reach * (2.0f / 3);
+    for (int i = 0; i < 3; i++) {
+      const float dh = (float)(half)d, mh = (float)(half)m;
+      const float q = floor(min(max((x - mh) * inverse_of(dh) + 0.5f, 0.0f), 3.0f)), off = q * dh + mh - x;
+      const float sum = lanes_sum(off * off), all = lanes_sum(q), p = q - all * (1.0f / 32), spread = lanes_sum(p * p);
+      if (!(sum >= best)) best = sum, scale = dh, least = mh, code = (uint)q; /* so too where it is no number */
+      if (!(spread > 0.0f)) break;
+      d = lanes_sum(p * (x - mean)) / spread;
+      m = mean - d * all * (1.0f / 32);
+    }
+  }
+  code <<= 2 * (lane % 16);
+  for (ushort apart = 8; apart > 0; apart /= 2) code |= simd_shuffle_xor(code, apart);
+  if (lane % 16 == 0) {
+    *(device ushort *)(to + 4 + lane / 4) = (ushort)code;
+    *(device ushort *)(to + 6 + lane / 4) = (ushort)(code >> 16);
+  }
+  if (lane == 0) {
+    *(device half *)to = (half)scale;
+    *(device half *)(to + 2) = (half)least;
+  }
+}
+
 /* n elements of x in threadgroup memory -> a cell whose elements lie side by side. Blocks: n is a multiple of 32. */
 static inline void store_cell(int format, device uchar *cell, threadgroup const float *x, int n, int lane) {
   for (int i = lane; i < (n + 31) / 32 * 32; i += 32) { /* in blocks all lanes go on together */
@@ -93,11 +129,11 @@ static inline void store_cell(int format, device uchar *cell, threadgroup const 
       case PE_BF16: if (i < n) ((device ushort *)cell)[i] = bf16_of(x[i]); break;
       case PE_Q8_0: store_q8_0(cell + block * PE_BYTES_Q8_0, x[i], lane); break;
       case PE_Q4_0: store_q4_0(cell + block * PE_BYTES_Q4_0, x[i], lane); break;
+      case PE_Q2_1: store_q2_1(cell + block * PE_BYTES_Q2_1, x[i], lane); break;
       default: store_q4_1(cell + block * PE_BYTES_Q4_1, x[i], lane);
     }
   }
 }
 
-static inline bool format_in_blocks(int format) { return format == PE_Q8_0 || format == PE_Q4_0 || format == PE_Q4_1; }
 
 #endif

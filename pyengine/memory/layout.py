@@ -111,8 +111,6 @@ class ModelLayout:
         heads = [head_dim for _, head_dim in (*self.bound.model.cache_shapes(), *(self.bound.ahead.own if self.bound.ahead else ()))]
         k, v = check_heads(want.kv_dtype, heads)
         for name in filter(is_card, self.places):
-            if k.by_channel:
-                raise UnsupportedModelError(f"device={name!r}: keys by channel (kv_dtype={want.kv_dtype}) are on the CPU only; give device='cpu' or another kv_dtype")
             own = self._backend_of(name)
             for what, most, n in (("attention there takes heads of {} elements", own.widest, max(heads, default=0)),
                                   ("a row there chooses from {} experts", own.experts, getattr(c, "n_experts", 0))):

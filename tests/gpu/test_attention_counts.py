@@ -17,6 +17,7 @@ from op_cases import Block, CTensor, rng_of, stored, Value
 
 from pyengine.backends.cuda import build
 from pyengine.backends.cuda.library import Library, Memory
+from pyengine.dtype import GROUP
 
 pytestmark = pytest.mark.slow
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
@@ -93,6 +94,42 @@ def test_generation_reads_the_cache_once(kernels: Watched, exact: bool, kind: st
     assert counts[name].mma == (0 if floats(kind, exact) else tiles * (scores + values + 32))
     merged, _ = counts.buffer("merge_kernel", kernels.address(q))
     assert merged.bytes == 0 and counts["merge_kernel"].blocks == 8
+
+
+@pytest.mark.parametrize(("m", "group"), [(1, 4), (64, 1)])
+@pytest.mark.parametrize(("kind", "v"), [("Q4_1_CHANNELS", "Q4_1"), ("Q2_1_CHANNELS", "Q2_1")])
+def test_groups_of_keys_are_read_once(kernels: Watched, kind: str, v: str, m: int, group: int) -> None:
+    """Heads that share one, or many rows, over groups anywhere: every byte once for each unit, in whole sectors; neither codes nor floats meet a bank twice."""
+    rng, n, e = rng_of((kind, m)), 1024, 128
+    groups = rng.permutation(n // GROUP)[:, None] * GROUP + np.arange(GROUP)
+    k, values = stored(rng.standard_normal((2, n, e)), kind), stored(rng.standard_normal((2, n, e)), v)
+    q, lo = rng.standard_normal((m, 2 * group, e)).astype(np.float32), np.zeros(m, np.int32)
+    counts = attend(kernels, [q, k, values, lo, lo + n, groups.reshape(1, n).astype(np.int32), None, None])
+    units = max(1, m // 32)
+    for c in (k, values):
+        loads, _ = counts.buffer("attend_floats_kernel", kernels.address(c))
+        assert loads.bytes == units * bytes_of(c) and loads.sectors * 32 <= 1.03 * units * bytes_of(c)
+    own = counts["attend_floats_kernel"]
+    assert own.shared_loads.conflicts == 0 and own.shared_stores.conflicts <= copies(v) * own.shared_stores.sectors
+
+
+@pytest.mark.parametrize(("kind", "v"), [("Q4_1_CHANNELS", "Q4_1"), ("Q2_1_CHANNELS", "Q2_1")])
+def test_groups_are_read_and_written_once(kernels: Watched, kind: str, v: str) -> None:
+    """Of the tokens in full every byte once, in whole sectors; of the groups that are written too, and nothing of others."""
+    rng, n, e = rng_of(("write", kind)), 256, 128
+    full = [stored(rng.standard_normal((2, n, e)), "F16") for _ in range(2)]
+    made = [stored(np.zeros((2, n, e)), kind), stored(np.zeros((2, n, e)), v)]
+    source, target = (np.array(cells, np.int32) for cells in ([32, 0, 128, 64], [64, -1, 0, 224]))
+    with counted(ctypes.CDLL(str(kernels.own.path))) as counts:
+        kernels.call("cache_groups", [*made, *full, source, target], made, {})
+    for c in full:
+        loads, _ = counts.buffer("cache_groups_kernel", kernels.address(c))
+        assert loads.bytes == bytes_of(c) * 3 * GROUP // n and loads.sectors * 32 == loads.bytes
+    for c in made:
+        _, stores = counts.buffer("cache_groups_kernel", kernels.address(c))
+        assert stores.bytes == bytes_of(c) * 3 * GROUP // n
+        assert stores.sectors * 32 <= (1 if c is made[0] else 2) * stores.bytes           # values are written cell by cell
+    assert counts["cache_groups_kernel"].shared_loads.conflicts == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

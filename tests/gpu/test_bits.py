@@ -162,7 +162,7 @@ def test_caches_of_16_bits(emulated: str, tiny_gguf, kv_dtype: str) -> None:
     agree(emulated, tiny_gguf("qwen3", "q8_0", head_dim=32, num_hidden_layers=2)[0], kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("kv_dtype", ["q8_0", "q4_1", pytest.param("q4_0", marks=pytest.mark.slow), pytest.param("q8_0/f16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kv_dtype", ["q8_0", "q4_1", "kivi4", "kivi2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("q4_0", "q8_0/f16", "kivi4/q4_0"))])
 def test_caches_of_blocks(emulated: str, tiny_gguf, kv_dtype: str) -> None:
     agree(emulated, tiny_gguf("qwen3", "q8_0", head_dim=32, num_hidden_layers=2)[0], kv_dtype=kv_dtype)
 

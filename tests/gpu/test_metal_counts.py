@@ -19,6 +19,7 @@ from test_linear_kernels import FLOATS, Matrix, QUANTIZED, rows_of
 from test_metal_linear import Products
 
 from pyengine.backends.metal import emulated
+from pyengine.dtype import GROUP
 
 pytestmark = pytest.mark.slow
 
@@ -96,3 +97,18 @@ def test_cells_are_read_once(kernels: MetalKernels, cache: str, bound: float, m:
         ideal = read * (c.raw.nbytes if hasattr(c, "raw") else c.nbytes)
         loads = traffic(kernels, counts, "attention_chunks", name)
         assert ideal <= loads.sectors * 32 <= bound * ideal, loads.sectors * 32 / ideal
+
+
+@pytest.mark.parametrize(("kind", "v", "bound"), [("Q4_1_CHANNELS", "Q4_1", 1.5), ("Q2_1_CHANNELS", "Q2_1", 1.7)])
+@pytest.mark.parametrize("m", [1, 32])
+def test_groups_of_keys_are_read_once(kernels: MetalKernels, kind: str, v: str, bound: float, m: int) -> None:
+    """A group of keys by channel is one piece: whole sectors. bound: of values, whose cells of 80 and 48 bytes end anywhere."""
+    rng, n = rng_of(("groups", kind)), 320
+    q = rng.standard_normal((m, 4 if m == 1 else 1, 128)).astype(np.float32)
+    k, values = stored(rng.standard_normal((1, n, 128)), kind), stored(rng.standard_normal((1, n, 128)), v)
+    cells = (rng.permutation(n // GROUP)[:, None] * GROUP + np.arange(GROUP)).reshape(1, n).astype(np.int32)
+    with counted(library()) as counts:
+        attend(kernels, [q, k, values, np.zeros(m, np.int32), np.full(m, n, np.int32), cells, None, None])
+    for name, c, most in (("k", k, 1.0), ("v", values, bound)):
+        loads = traffic(kernels, counts, "attention_chunks", name)
+        assert c.raw.nbytes <= loads.sectors * 32 <= most * c.raw.nbytes, loads.sectors * 32 / c.raw.nbytes

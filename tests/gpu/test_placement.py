@@ -67,13 +67,11 @@ def test_a_card_that_does_not_take_the_heads_is_refused(tiny_gguf, device: objec
         pe.load(tiny_gguf("gemma4_text", global_head_dim=576)[0], n_ctx=64, device=device)
 
 
-def test_keys_by_channel_stay_on_the_cpu(tiny_gguf, cards) -> None:
-    path = tiny_gguf("llama", head_dim=32)[0]
+@pytest.mark.parametrize("kv_dtype", ["kivi4", "kivi2"])
+def test_keys_by_channel_go_to_a_card(tiny_gguf, cards, kv_dtype: str) -> None:
     cards(2 * GIB)
-    plan = pe.plan(path, n_ctx=64, kv_dtype="kivi4")
-    assert plan.fits and set(layers_on(plan)) == {"cpu"} and any("keys by channel (kv_dtype=kivi4) are on the CPU only" in n for n in plan.notes)
-    with pytest.raises(UnsupportedModelError, match="on the CPU only; give device='cpu'"):
-        pe.plan(path, n_ctx=64, kv_dtype="kivi2", device=CARD(0))
+    plan = pe.plan(tiny_gguf("llama", head_dim=32)[0], n_ctx=512, kv_dtype=kv_dtype)
+    assert plan.fits and set(layers_on(plan)) == {CARD(0)} and not any("no kernel" in n for n in plan.notes)
 
 
 def test_a_card_that_does_not_take_so_many_experts_is_refused(tiny_gguf, cards, monkeypatch: pytest.MonkeyPatch) -> None:

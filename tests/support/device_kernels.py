@@ -16,11 +16,9 @@ from pyengine.backends.cuda.describe import Described
 from pyengine.backends.cuda.library import Library, Memory, Queue
 from pyengine.backends.cuda.program import Compiled
 from pyengine.compiler.codegen import pack_params
-from pyengine.dtype import DTYPES, PACKED_BIT
+from pyengine.dtype import dtype
 from pyengine.graph.op import REGISTRY
 from pyengine.native import ffi, lib
-
-BY_ID = {t.id: t for t in DTYPES}
 
 
 def extent(t: CTensor) -> int:
@@ -28,9 +26,9 @@ def extent(t: CTensor) -> int:
     shape, strides = list(t.shape[: t.ndim]), list(t.stride[: t.ndim])
     if 0 in shape:
         return 0
-    if t.dtype >= PACKED_BIT:
-        return math.prod(shape[:-2]) * int(lib.pe_pack_bytes(t.dtype - PACKED_BIT, *shape[-2:]))
-    form = BY_ID[t.dtype]
+    form = dtype(t.dtype)
+    if form.is_packed:
+        return math.prod(shape[:-2]) * int(lib.pe_pack_bytes(form.unpacked.id, *shape[-2:]))
     if shape:
         shape[-1] //= form.block
     return form.nbytes + sum((n - 1) * s for n, s in zip(shape, strides))

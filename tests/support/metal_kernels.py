@@ -7,12 +7,12 @@ emulator's checked form sees what reaches beyond. Working memory is filled with 
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from device_kernels import extent
 from op_cases import CTensor, KernelError, Runner
 
 from pyengine import errors
@@ -23,21 +23,8 @@ from pyengine.backends.metal.launch import Launch, LAUNCHERS, load_launchers, pa
 from pyengine.backends.metal.program import FAULT
 from pyengine.dtype import dtype, I8
 from pyengine.graph.op import REGISTRY
-from pyengine.native import lib
 
 STATUS = {errors.GraphError: 1, errors.RequestError: 3}      # of pe_status
-
-
-def extent(t: CTensor) -> int:
-    """The bytes from a tensor's first element to its last."""
-    shape, strides, form = list(t.shape[: t.ndim]), list(t.stride[: t.ndim]), dtype(t.dtype)
-    if 0 in shape:
-        return 0
-    if form.is_packed:
-        return math.prod(shape[:-2]) * int(lib.pe_pack_bytes(form.unpacked.id, *shape[-2:]))
-    if shape:
-        shape[-1] //= form.block
-    return form.nbytes + sum((n - 1) * s for n, s in zip(shape, strides))
 
 
 class MetalKernels(Runner):

@@ -9,6 +9,7 @@ from typing import Any
 
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step, View
 from pyengine.backends.metal.products import Room
+from pyengine.dtype import DType, GROUP
 
 TILE_QUERIES, CHUNK_KEYS, SLICE, WIDTH_MOST = 8, 256, 64, 512       # of csrc/metal/attention.metal
 WIDTH_NARROW = 256                      # values up to here leave registers for many queries of a threadgroup
@@ -17,7 +18,7 @@ ROWS_SPLIT = 16                         # at most so many rows are split over th
 SPLIT_BYTES = 64 << 20                  # and as many of them as leave results of chunks of this size
 SHARED_BYTES = 4 * (64 + 11 * QUERIES + 64 + 4 + QUERIES * 68 + 32 * 68)
 RAW_BYTES = 32 * 276                    # and for blocks, whose cells are copied first
-FORMATS = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 0, "Q4_0": 0, "Q4_1": 0}            # bytes of a plain number
+FORMATS = {"F32": 4, "F16": 2, "BF16": 2, "Q8_0": 0, "Q4_0": 0, "Q4_1": 0, "Q2_1": 0}            # bytes of a plain number
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _job(s: Step) -> _Job:
     keys = cells.shape[1] if cells else min(k.shape[1], v.shape[1])
     chunks = keys // CHUNK_KEYS + 2
     return _Job(m, heads, e, f, groups, chunks, min(ROWS_SPLIT, SPLIT_BYTES // (4 * heads * chunks * max(1, f))),
-                k.dtype.block > 1)
+                is_blocks(k.dtype))
 
 
 def _places(job: _Job, room: Room, rows: int, stats: bool) -> tuple[View | None, View | None, View | None, View | None, int]:
@@ -76,9 +77,25 @@ def attention(s: Step) -> int:
     return max(_places(job, Room(None), rows, s.params.stats)[-1] for rows in {job.m, min(job.m, job.split)})
 
 
+def is_blocks(k: DType) -> bool:
+    """Say whether keys are in blocks of one cell, for which queries are rounded; those by channel are not."""
+    return k.block > 1 and not k.by_channel
+
+
+def check_channels(s: Step, k: View) -> None:
+    """Look at keys by channel: whole groups of cells that lie side by side. Raises: NoKernel."""
+    n, (_, cells, e) = k.dtype.nbytes, k.shape
+    if e % k.dtype.block or cells % GROUP or k.strides[1:] != (e // k.dtype.block * n, n) or e > WIDTH_MOST:
+        raise NoKernel(f"{s.name}: 'k' has {cells} cells of {e} elements by channel; at most {WIDTH_MOST} elements, in whole groups of "
+                       f"{GROUP} cells that lie side by side, are possible")
+
+
 def _cache(s: Step, name: str) -> tuple[View, bool]:
     """Return keys or values, and whether four elements side by side are aligned, or cells of blocks whole words. Raises: NoKernel."""
     view = s.need(name)
+    if name == "k" and view.dtype.by_channel:
+        check_channels(s, view)
+        return view, not any(n % 4 for n in (view.offset, view.strides[0]))
     if view.dtype.name not in FORMATS or view.shape[2] > WIDTH_MOST or view.shape[2] % view.dtype.block:
         raise NoKernel(f"attention: '{name}' has {view.shape[2]} elements of {view.dtype.name}; at most {WIDTH_MOST} of "
                        f"{', '.join(FORMATS)} in whole blocks are possible")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pyengine.backends.metal.attention import FORMATS, WIDTH_MOST
+from pyengine.backends.metal.attention import check_channels, FORMATS, is_blocks, WIDTH_MOST
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, scratch, Step
 from pyengine.backends.metal.products import Room
 from pyengine.errors import GraphError
@@ -15,8 +15,8 @@ KEYS = ((64, 64), (128, 32), (256, 16), (512, 8))          # (widest head, keys 
 
 def _stride(s: Step) -> int:
     """Return the floats of a query as `attention_queries` leaves it."""
-    e, blocks = s.need("q").shape[2], s.need("k").dtype.block > 1
-    return ceil_div(e, 8) * 8 + (ceil_div(1 + e // 32, 8) * 8 if blocks else 0)
+    e = s.need("q").shape[2]
+    return ceil_div(e, 8) * 8 + (ceil_div(1 + e // 32, 8) * 8 if is_blocks(s.need("k").dtype) else 0)
 
 
 @scratch
@@ -34,7 +34,9 @@ def key_sums(s: Step) -> list[Launch]:  # noqa: F811
     (m, heads, e), groups, (_, n_keys, channels) = q.shape, k.shape[0], sums.shape
     if groups == 0 or heads % groups:
         raise GraphError(f"{s.name}: {heads} heads share {groups}")
-    if channels > CHANNELS or e > WIDTH_MOST or k.dtype.name not in FORMATS or e % k.dtype.block:
+    if k.dtype.by_channel:
+        check_channels(s, k)
+    if channels > CHANNELS or e > WIDTH_MOST or k.dtype.name not in FORMATS and not k.dtype.by_channel or e % k.dtype.block:
         raise NoKernel(f"{s.name}: {channels} channels, and heads of {e} elements of {k.dtype.name}; at most {CHANNELS} channels and "
                        f"{WIDTH_MOST} elements of {', '.join(FORMATS)} in whole blocks are possible")
     if k.dtype.block > 1 and k.strides[2] != k.dtype.nbytes:

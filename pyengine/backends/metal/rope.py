@@ -8,7 +8,7 @@ from typing import Any
 from pyengine.backends.metal.launch import ceil_div, Launch, launches, NoKernel, spread, Step, View
 from pyengine.errors import GraphError, RequestError
 
-CELL_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+CELL_FORMATS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q2_1")
 SIMDGROUPS = 4                           # of a threadgroup that appends heads
 
 
