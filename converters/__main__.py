@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="write the image encoder to mmproj-OUT.gguf, llama.cpp's two-file form")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no vocabulary")
     parser.add_argument("--base", type=Path, metavar="HF_DIR|BASE.gguf", help="an adapter's base model: its folder, of which config.json is read, "
-                        "or a GGUF file of it (default: the folder that the adapter names)")
+                        "or a GGUF file of it (default: the folder that the adapter names); of a head that drafts (EAGLE-3), the model's folder")
     args = parser.parse_args(argv)
     try:
         if adapters.is_adapter(args.folder):
@@ -35,10 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             path = adapters.convert_adapter(args.folder, args.base, args.out, args.outtype)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
             return 0
-        if args.base is not None:
-            raise RequestError(f"--base is for an adapter; {args.folder} has no {adapters.CONFIG}")
         path = convert(args.folder, args.out, args.outtype, with_tokenizer=not args.no_tokenizer,
-                       split_mmproj=args.split_mmproj)
+                       split_mmproj=args.split_mmproj, base=args.base)
     except (PyEngineError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -78,8 +78,9 @@ class Stored:
 
 
 # bfloat16 has no NumPy dtype: its bits are read as uint16
-STORED_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8")}
-NO_NUMBERS = "U8", "I64"             # bytes of blocks; buffers of positions, which follow from the config
+STORED_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "U8": np.dtype("u1"), "I64": np.dtype("<i8"),
+                 "BOOL": np.dtype("?")}
+NO_NUMBERS = "U8", "I64", "BOOL"     # bytes of blocks; buffers of positions, which follow from the config, and numbers of tokens
 
 
 def read_safetensors_header(file: Path) -> dict[str, Stored]:

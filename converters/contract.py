@@ -95,7 +95,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Constant:
-    """A float32 tensor of the file that follows from the config."""
+    """A tensor of the file that follows from the config, float32 or int64."""
     name: str
     values: np.ndarray
 
@@ -164,6 +164,13 @@ class Tells(Protocol):
 
     @property
     def notes(self) -> Sequence[str]: ...
+
+
+@runtime_checkable
+class DraftsFor(Protocol):
+    """A converter of a head that drafts for another model, of which it may have to know the config."""
+
+    def read_base(self, config: dict[str, Any]) -> None: ...
 
 
 @runtime_checkable

@@ -21,9 +21,9 @@ from pyengine.errors import InvalidModelError, RequestError, UnsupportedModelErr
 from pyengine.files.writing import target_of
 from pyengine.native.blocks import quantize
 
-from .checkpoint import Checkpoint, malformed_is, to_float32
+from .checkpoint import Checkpoint, malformed_is, read_json, to_float32
 from .contract import (
-    Blocks, ChangesVocabulary, Constant, Converter, Entry, IsEncoders, LeavesOut, LooksFirst, MakesVectors, ReadsMore, Stack, supported, Tells)
+    Blocks, ChangesVocabulary, Constant, Converter, DraftsFor, Entry, IsEncoders, LeavesOut, LooksFirst, MakesVectors, ReadsMore, Stack, supported, Tells)
 from .generation import write_sampling
 from .sentence import Dense, Sentences
 from .tokenizer import Vocabulary, read_vocabulary
@@ -36,22 +36,25 @@ OUTTYPES: dict[str, tuple[QT, LlamaFileType]] = {
     "q8_0": (QT.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 CHUNK = 1 << 20  # elements that are converted at once: 4 MiB in float32, so the peak is the tensor and not its copies
+HEAD = "LlamaForCausalLMEagle3"      # what heads are that name their layer's class only: they have fewer tokens to draft
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|(^|\.)position_ids$")  # buffers of old checkpoints that follow from the config
 # What belongs to an image encoder: llama.cpp keeps it in a file of its own, whose name starts with "mmproj-"
 VISION_TENSORS, VISION_KEYS = ("v.", "mm.", "model.image_newline"), "clip."
 
 
 def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], outtype: str | None = None,
-            with_tokenizer: bool = True, split_mmproj: bool = False) -> Path:
+            with_tokenizer: bool = True, split_mmproj: bool = False, base: str | os.PathLike[str] | None = None) -> Path:
     """Convert a Hugging Face checkpoint folder to one GGUF file and return its path.
 
     `outtype` is a key of `OUTTYPES`; None keeps the dtype that most of the checkpoint has. With `split_mmproj` the image
-    encoder goes to a second file, `mmproj_path(out_file)`. A file appears under its name only when it is whole. Memory
-    beyond the interpreter: the vocabulary and at most one stored tensor. Raises InvalidModelError, UnsupportedModelError.
+    encoder goes to a second file, `mmproj_path(out_file)`. `base` is the folder of the model that a head drafts for. A file
+    appears under its name only when it is whole. Memory beyond the interpreter: the vocabulary and at most one stored tensor.
+    Raises InvalidModelError, UnsupportedModelError, RequestError.
     """
     sentences = Sentences(Path(folder))
     checkpoint = Checkpoint(sentences.checkpoint)
     converter = find_converter(checkpoint.config, checkpoint.config_file)
+    texts = _texts(checkpoint, converter, base)
     for file in converter.more_files if isinstance(converter, ReadsMore) else ():
         checkpoint.add(file)
     for note in converter.notes if isinstance(converter, Tells) else ():
@@ -77,9 +80,7 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
         converter.write_keys(text.writer)
         sentences.write_keys(text.writer, converter.usual_pooling if isinstance(converter, MakesVectors) else None)
     with malformed_is(f"{checkpoint.folder}: a value of the tokenizer's files is of the wrong kind"):
-        # a model with an image encoder has its text model's own values one level down
-        values = {**(checkpoint.config.get("text_config") or {}), **checkpoint.config}
-        vocabulary = read_vocabulary(checkpoint.folder, values) if with_tokenizer else Vocabulary.none()
+        vocabulary = read_vocabulary(*texts) if with_tokenizer else Vocabulary.none()
     if with_tokenizer and vocabulary.model == "none" and converter.vocab_size:
         warn(f"{checkpoint.folder}: no tokenizer; the file takes and gives token ids only")
     if isinstance(converter, ChangesVocabulary) and vocabulary.model != "none":
@@ -106,6 +107,19 @@ def convert(folder: str | os.PathLike[str], out_file: str | os.PathLike[str], ou
             output.writer.close()
             output.partial.unlink(missing_ok=True)
     return out_file
+
+
+def _texts(checkpoint: Checkpoint, converter: Converter, base: str | os.PathLike[str] | None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the tokenizer and the config beside it: those of the model that a head drafts for, where they are given."""
+    folder, config = checkpoint.folder, checkpoint.config
+    if base is not None:
+        if not isinstance(converter, DraftsFor):
+            raise RequestError(f"--base is for an adapter, and for a head that drafts for another model; {folder} is neither")
+        folder = Path(base)
+        config = read_json(folder / "config.json", required=True)
+        with malformed_is(f"{folder / 'config.json'}: a value is of the wrong kind"):
+            converter.read_base(config)
+    return folder, {**(config.get("text_config") or {}), **config}           # a model with an image encoder has its text model's values one level down
 
 
 def mmproj_path(out_file: Path) -> Path:
@@ -136,7 +150,7 @@ def find_converter(config: dict[str, Any], file: Path) -> Converter:
     known = supported()
     classes = config.get("architectures") or []
     with malformed_is(f"{file}: a value is of the wrong kind"):
-        for name in classes:
+        for name in [*([HEAD] if "draft_vocab_size" in config else []), *classes]:
             if name in known:
                 return known[name](config, file)
     raise UnsupportedModelError(f"{file}: architecture "
@@ -176,7 +190,7 @@ def _check_entries(checkpoint: Checkpoint, converter: Converter, sentences: Sent
         raise UnsupportedModelError(f"{checkpoint.folder}: '{converter.arch}' has no place for {_listing(unknown)}")
     bytes_of = {source for e in parts if isinstance(e, Blocks) for source, _ in e.sources}
     for source, shape in by_source.items():
-        if checkpoint.tensors[source].dtype == "I64" or (checkpoint.tensors[source].dtype == "U8") != (source in bytes_of):
+        if checkpoint.tensors[source].dtype in ("I64", "BOOL") or (checkpoint.tensors[source].dtype == "U8") != (source in bytes_of):
             raise UnsupportedModelError(f"{checkpoint.folder}: tensor '{source}' is {checkpoint.tensors[source].dtype}")
         if checkpoint.tensors[source].shape != shape:
             raise InvalidModelError(f"{checkpoint.folder}: tensor '{source}' has shape "
@@ -194,7 +208,7 @@ def stored_type(entry: Tensor, shape: tuple[int, ...], wanted: QT) -> QT:
     if isinstance(entry, Blocks):
         return entry.qtype
     if isinstance(entry, Constant) or len(shape) < 2:
-        return QT.F32
+        return QT.I64 if isinstance(entry, Constant) and entry.values.dtype == np.int64 else QT.F32
     wanted = entry.instead.get(wanted, wanted) if isinstance(entry, Entry) else wanted
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if shape[-1] % block == 0 else QT.F16
@@ -226,7 +240,7 @@ def _write_tensors(out: gguf.GGUFWriter, checkpoint: Checkpoint, entries: list[T
     out.write_padding(file, file.tell())
     for entry, qtype in zip(entries, types):
         for chunk in _chunks(checkpoint, entry):
-            if isinstance(entry, Blocks):
+            if isinstance(entry, Blocks) or qtype == QT.I64:
                 data = chunk
             elif qtype == QT.Q8_0:
                 data = _quantize_blocks(entry.name, chunk)

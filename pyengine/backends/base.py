@@ -32,12 +32,12 @@ class Declared:
     """A program as a model declares it: outputs of a graph, and where a run may begin.
 
     outputs  changed states among them are there to be changed, though nobody reads them; their place among the others does not matter
-    entries  name of an entry -> the input whose first reader it begins at: what may change while all before it stays
+    entries  name of an entry -> the inputs whose first reader it begins at: what may change while all before it stays
     asked    numbers of outputs that stay on a device with memory of its own until `Program.read` asks for rows of them
     """
 
     outputs: list[Tensor]
-    entries: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     asked: frozenset[int] = frozenset()
 
 

@@ -89,7 +89,7 @@ class Counted(Prepared):
         fused = fusion.apply(declared.outputs, passes, kernels)
         self.residents = self._residents(topological(fused))
         self.layout: Layout = lay_out(fused, self.scratch_bytes, turns, declared.entries.values())
-        self._first = {entry: self.layout.entry_step(name) for entry, name in declared.entries.items()}
+        self._first = {entry: self.layout.entry_step(names) for entry, names in declared.entries.items()}
         for node in self.layout.steps:
             if not self.has_kernel(node):
                 self.fallbacks[node.op.name] = self.fallbacks.get(node.op.name, 0) + 1

@@ -115,12 +115,12 @@ class Layout:
     def of(self, t: Tensor) -> Storage:
         return self.storage[id(t.node), t.index]
 
-    def entry_step(self, name: str) -> int:
-        """Return the number of the first step that reads an input. Raises: GraphError where none does."""
+    def entry_step(self, names: Sequence[str]) -> int:
+        """Return the number of the first step that reads one of some inputs. Raises: GraphError where none does."""
         for i, node in enumerate(self.steps):
-            if any(self.of(t).root.node.kind == "input" and self.of(t).root.name == name for t in node.inputs):
+            if any(self.of(t).root.node.kind == "input" and self.of(t).root.name in names for t in node.inputs):
                 return i
-        raise GraphError(f"no step reads the input {name!r}, so no run can begin there")
+        raise GraphError(f"no step reads the input {' or '.join(map(repr, names))}, so no run can begin there")
 
     def place(self, scratch: Sequence[int]) -> tuple[list[int], int]:
         """Return offsets of the tensors of `lives`, then of each step's working memory of these sizes, and the arena's bytes."""
@@ -162,12 +162,12 @@ def _view(t: Tensor, source: Storage, x: Tensor, params: dict[str, Any]) -> Stor
 
 
 def lay_out(outputs: Sequence[Tensor], scratch_bytes: Callable[[Node], int], turns: Turns | None = None,
-            entries: Iterable[str] = ()) -> Layout:
+            entries: Iterable[Sequence[str]] = ()) -> Layout:
     """Order the graph, resolve views and reuse of memory, and give everything its place in the arena.
 
     `scratch_bytes(node)`: working memory of a kernel at the largest shapes. Tensors that must be contiguous for their
     reader and are not get a `contiguous` step. Changed states among the outputs, which no op may read, are computed as soon as they
-    can be: before the other outputs. `turns`: the graph runs in pieces; one that runs at once is a single turn. `entries`: names of inputs at whose first reader a run may begin again, on what all steps before it left.
+    can be: before the other outputs. `turns`: the graph runs in pieces; one that runs at once is a single turn. `entries`: of each, names of inputs at whose first reader a run may begin again, on what all steps before it left.
     Raises: GraphError for an entry that no step reads, and for graphs that cannot be laid out.
     """
     outputs = _with_copies(outputs)
@@ -260,14 +260,14 @@ def _last_reads(layout: Layout, turns: Turns) -> dict[int, int]:
     return last
 
 
-def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries: Iterable[str]) -> None:
-    """Keep until the end what steps from an entry on read of those before it; its own input is written again."""
-    for name in entries:
-        begin = layout.entry_step(name)
+def _keep(layout: Layout, number: dict[int, int], last: dict[int, int], entries: Iterable[Sequence[str]]) -> None:
+    """Keep until the end what steps from an entry on read of those before it; its own inputs are written again."""
+    for names in entries:
+        begin = layout.entry_step(names)
         for node in layout.steps[begin:]:
             for t in node.inputs:
                 root = layout.of(t).root
-                if root.name != name and number.get(id(root.node), -1) < begin:
+                if root.name not in names and number.get(id(root.node), -1) < begin:
                     last[id(root)] = len(layout.steps)
 
 

@@ -117,7 +117,7 @@ class Model(Architecture):
         rope = self.rope.at(batch.n_ctx)
         angles = rope.table(batch.positions)                                       # [m, E]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, rope, angles, cache)
+            x = block(batch.noted(x), rope, angles, cache)
         return self.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -334,7 +334,7 @@ class Model(qwen3.Model):
         rope, angles = self.rotation(batch)
         nothing = np.zeros((1, d), np.float32)
         for i, (block, cache) in enumerate(zip(self.blocks, caches)):
-            x = block(batch.noted(x), rope, angles, cache)
+            x = block(x, rope, angles, cache)
             if i + 1 < len(parts):
                 x = x + ops.rows(nothing, batch.places, parts[i + 1])          # rows of text get nothing
         return self.norm(x)

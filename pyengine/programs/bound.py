@@ -160,9 +160,9 @@ def _check_tokens(files: Files, own: Files) -> None:
 
 
 def _with_head(bound: Bound, own: Files, arch: str) -> Bound:
-    """Bind a head beside a model. Its file need not have tokens."""
+    """Bind a head beside a model. Files need not have tokens."""
     _check_decoder(bound, "a model with")
-    if "tokenizer.ggml.tokens" in own.model.metadata:
+    if all("tokenizer.ggml.tokens" in files.model.metadata for files in (bound.files, own)):
         _check_tokens(bound.files, own)
     file = own.model.renamed(head_names(own.model.tensors), own.model.metadata)
     weights = Weights(file)

@@ -164,10 +164,10 @@ class Step:
         asked = frozenset({LOGITS, HIDDEN}) if s.n_tokens else frozenset()
         outputs += largest
         if self.ahead is None:
-            return Declared(only([*outputs, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: HEAD}, asked)
+            return Declared(only([*outputs, *(each[-1] for each in summed if each)], wanted, chosen), {HEAD: (HEAD,)}, asked)
         more, own, of_own = self._ahead(g, batch, last, hidden, caches)
         asked |= {len(outputs) + i for i in range(3)} if s.n_tokens else asked
-        return Declared(only(only([*outputs, *more], wanted, chosen), own, of_own), {HEAD: HEAD, AHEAD: f"{AHEAD}.ids"}, asked)
+        return Declared(only(only([*outputs, *more], wanted, chosen), own, of_own), {HEAD: (HEAD,), AHEAD: tuple(f"{AHEAD}.{name}" for name in ("ids", "before", "carry"))}, asked)
 
     def _ahead(self, g: Graph, batch: Batch, last: Tensor, hidden: Tensor, caches: Sequence[Any]) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         """Build the head that predicts further tokens: outputs states [k, width] of rows that are kept for it, its logits [x, ..], the states

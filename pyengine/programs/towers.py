@@ -56,7 +56,7 @@ def declare_texts(tower: TextTower, longest: int, rows: int) -> Declaration:
     outputs = tower.declare(Texts(ids, positions, types, seq, g.input("table", (p, longest), "I32"), seen(""), {w: seen(f".{w}") for w in tower.windows},
                                   first, end, at, g.input(WANTED, (n,), "I32")))
     names = _named(outputs)
-    return Declaration(Declared([outputs[name] for name in names], {WANTED: WANTED} if LOGITS in outputs else {}), names)
+    return Declaration(Declared([outputs[name] for name in names], {WANTED: (WANTED,)} if LOGITS in outputs else {}), names)
 
 
 def declare_picture(tower: ImageTower, rows: int) -> Declaration:

@@ -196,7 +196,7 @@ def entered(own: Backend) -> Program:
     z = ops.mul(ops.softmax(ops.add(kept, late)), y)
     for i in range(3):
         z = ops.softmax(ops.linear(z, [randn(K, K, seed=i)])[0])
-    return own.prepare(Declared([z], {"again": "late"})).load()
+    return own.prepare(Declared([z], {"again": ("late",)})).load()
 
 
 def test_an_entry_begins_where_its_input_is_first_read(computing: Backend) -> None:
@@ -217,7 +217,7 @@ def test_unknown_entries_are_refused(computing: Backend) -> None:
         program.execute("head", m=1)
     g = Graph()
     with pytest.raises(GraphError, match="'nowhere'"):
-        computing.prepare(Declared([ops.scale(g.input("x", (2,)), factor=2.0)], {"again": "nowhere"})).load().execute("again")
+        computing.prepare(Declared([ops.scale(g.input("x", (2,)), factor=2.0)], {"again": ("nowhere",)})).load().execute("again")
 
 
 def test_profile_gives_seconds_for_each_step(own: Backend) -> None:

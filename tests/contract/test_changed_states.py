@@ -47,7 +47,7 @@ def step() -> Declared:
     hidden = ops.rows(y, wanted)
     logits = ops.linear(ops.rows(hidden, head), [np.eye(9, H * E, dtype=np.float32)])[0]
     chosen = {f"{name}": g.input(f"{name}_wanted", wanted.shape, "I32") for name in ("seq", "lo", "hi")}
-    return Declared(only([logits, hidden, *(cache.changed[-1] for cache in caches)], wanted, chosen), {"head": "head"})
+    return Declared(only([logits, hidden, *(cache.changed[-1] for cache in caches)], wanted, chosen), {"head": ("head",)})
 
 
 def run(program: Program, begin: int, end: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors.numpy import load_file, save_file
 import cases
 import heads
 import pyengine as pe
+from converters.__main__ import main as converters_main
 from converters.writer import convert
 from eager import draft_always
 from pyengine.engine import writing
-from pyengine.errors import PlanError, RequestError, UnsupportedModelError
+from pyengine.errors import InvalidModelError, PlanError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile
 from pyengine.memory.held import planned_bytes
 from pyengine.programs.rows import token_rows
@@ -302,3 +304,57 @@ def test_an_assistant_drafts_behind_pictures(tiny_gguf, eager, tmp_path) -> None
     for seed in range(2):
         answer = model.generate(prompt, **asked(seed))
         assert told(answer) == told(plain.generate(prompt, **asked(seed))) and answer.report.drafts["assistant"][0] > 5
+
+
+def test_an_eagle_is_of_one_model(made, tiny_gguf, tmp_path) -> None:
+    pair, own = made("eagle3"), made("eagle3, as speculators have it")
+    for path, why in ((tiny_gguf("gemma2", tokenizer=None, num_hidden_layers=7)[0], "does not tell what its layers take"),
+                      (tiny_gguf(cases.first(mrope=True), tokenizer=None)[0], "on several"),
+                      (tiny_gguf("llama", num_hidden_layers=4)[0], "what layers .2, 3, 4. take, and this model has 4 layers"),
+                      (tiny_gguf("llama", num_hidden_layers=7, hidden_size=192)[0], "hidden states of 96 numbers, and this model's have 192")):
+        with pytest.raises(RequestError, match=f"draft: .*{why}"):
+            pe.load(path, **SETTINGS, draft=pair.draft)
+    with pytest.raises(RequestError, match="draft: .* other tokens than"):                    # its file has those of its model
+        pe.load(pair.path, **SETTINGS, draft=own.draft)
+
+
+def test_an_eagle_has_the_names_of_llama_cpp(made) -> None:
+    """src/models/eagle3.cpp; `d2t` are tokens, not how far they are from their rows."""
+    pair = made("eagle3, as speculators have it")
+    file, saved = GGUFFile(pair.draft), load_file(pair.draft.parent / "hf/model.safetensors")
+    assert {k: file.metadata[f"eagle3.{k}"] for k in ("block_count", "embedding_length", "target_hidden_size", "norm_before_residual", "norm_before_fc")} == {
+        "block_count": 1, "embedding_length": 64, "target_hidden_size": 96, "norm_before_residual": True, "norm_before_fc": True}
+    assert list(file.metadata["eagle3.target_layers"]) == [2, 3, 4] and file.metadata.count("tokenizer.ggml.tokens") == 512
+    layer = ("attn_norm", "attn_norm_2", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    assert set(file.tensors) == {*(f"blk.0.{n}.weight" for n in layer), "fc.weight", "enc.output_norm.weight", "output_norm.weight", "output.weight",
+                                 "token_embd.weight", "d2t"}
+    assert np.array_equal(file.array("d2t"), saved["d2t"] + np.arange(300)) and saved["t2d"][file.array("d2t")].all() and saved["t2d"].sum() == 300
+    assert "rope_freqs.weight" in GGUFFile(made("eagle3, the model's tokens").draft).tensors
+
+
+def test_which_layers_an_eagle_reads(made, tmp_path, capsys) -> None:
+    """Those of its own config: inputs where vLLM looks, outputs where SGLang does; else those of the model's depth, which has to be given."""
+    folder = made("eagle3").draft.parent / "hf"
+    shutil.copytree(folder, tmp_path / "hf")
+    config, name = json.loads((folder / "config.json").read_text()), "eagle_aux_hidden_state_layer_ids"
+    with pytest.raises(RequestError, match="give --base"):
+        convert(folder, tmp_path / "m.gguf", "f32")
+    for more, layers in (({name: [1, 3, 5]}, [1, 3, 5]), ({"eagle_config": {name: [1, 3, 5]}}, [2, 4, 6])):
+        (tmp_path / "hf/config.json").write_text(json.dumps(config | more))
+        assert list(GGUFFile(convert(tmp_path / "hf", tmp_path / "m.gguf", "f32")).metadata["eagle3.target_layers"]) == layers
+    base = made("eagle3").path.parent / "hf"
+    assert converters_main([str(folder), "--base", str(base), "-o", str(tmp_path / "m.gguf"), "--outtype", "f16"]) == 0
+    assert list(GGUFFile(tmp_path / "m.gguf").metadata["eagle3.target_layers"]) == [2, 3, 4] and capsys.readouterr().err.count("\n") == 2      # of the two before
+    assert converters_main([str(base), "--base", str(base), "-o", str(tmp_path / "n.gguf")]) == 2 and "--base is for an adapter" in capsys.readouterr().err
+
+
+def test_an_eagle_that_names_a_token_twice_is_refused(made, tmp_path) -> None:
+    """As in files of llama.cpp's before it wrote tokens: they are distances there."""
+    pair = made("eagle3")
+    file = GGUFFile(pair.draft)
+    data = bytearray(pair.draft.read_bytes())
+    info = file.tensors["d2t"]
+    data[info.offset + 8 : info.offset + 16] = data[info.offset : info.offset + 8]
+    (tmp_path / "d.gguf").write_bytes(data)
+    with pytest.raises(InvalidModelError, match="d2t.*another token for each of 200 rows"):
+        pe.load(pair.path, **SETTINGS, draft=tmp_path / "d.gguf")

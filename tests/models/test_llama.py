@@ -30,6 +30,7 @@ def interleaved(name: str, value: np.ndarray, config: dict[str, Any]) -> tuple[s
 
 LLAMA = Case(
     "llama", "llama", "LlamaConfig", "LlamaForCausalLM", "llama-bpe", {**COMMON, "rms_norm_eps": 1e-5},
+    also=("LlamaForCausalLMEagle3", "Eagle3Speculator", "Eagle3DraftModel"),                # which tests/engine/test_heads.py tests
     variants={"llama": {}, "llama-bias-head_dim-tied": {"attention_bias": True, "head_dim": 32, "tie_word_embeddings": True},
               **{f"llama-{name}": {"rope_parameters": dict(rope)} for name, rope in ROPES.items()}},
     converted=Converted(
