@@ -18,6 +18,7 @@ import typer
 from typer import Argument, Option
 
 from pyengine.cli import overview, words
+from pyengine.cli.beforehand import ANSWERING
 from pyengine.cli.collector import settle
 from pyengine.cli.forms import Form, HELP, main_form, ReaderLeft
 from pyengine.cli.options import (
@@ -208,7 +209,7 @@ def run(
     settings = answer.Settings(sampling, answer.limit(max_tokens if max_tokens is not None else recommended.get("num_predict")),
                                tuple(stop or ()))
     loaded = remote.connect(server, model, api_key or os.environ.get("PYENGINE_API_KEY")) if server is not None else screen.load(
-        model, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
+        model, modules=() if raw else ANSWERING, n_ctx=ctx or recommended.get("num_ctx"), kv_dtype=kv_dtype, n_threads=threads, n_batch=batch, mmproj=mmproj,
         images=planned.parse_size(picture, pictures_kept), device=devices, encoder_device=encoder_device, expert_device=expert_device, mmap=mmap,
         adapters=planned.parse_adapters(lora or (), lora_scaled or ()), compress=compress, speculate=speculate, draft=draft)
     if shown or draw is not None:

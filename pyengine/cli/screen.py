@@ -150,18 +150,19 @@ def busy(what: str) -> AbstractContextManager[Any]:
     return Console(stderr=True).status(Text(printable(what)))
 
 
-def load(model: str, writes: bool = True, **settings: Any) -> Any:
-    """Load a model, with a bar on standard error where that is a terminal; writes: one that writes text is needed.
+def load(model: str, writes: bool = True, modules: Sequence[str] = (), **settings: Any) -> Any:
+    """Load a model, with a bar on standard error where that is a terminal; writes: one that writes text is needed; modules: imported meanwhile.
 
     Raises: as `pyengine.load`; UnsupportedModelError for a model that writes none.
     """
     import pyengine
+    from pyengine.cli.beforehand import beside
     from pyengine.files.model_files import open_files
     from pyengine.programs.bound import bind
 
     try:
         with LoadingBar(model) as bar, quiet():
-            found = pyengine.load(model, progress=bar if sys.stderr.isatty() else None, **settings)
+            found = pyengine.load(model, progress=beside(modules, bar if sys.stderr.isatty() else None), **settings)
     except RequestError:
         if writes and (bound := bind(open_files(model, settings.get("mmproj")))).towers:
             raise _writes_nothing(bound.files.name) from None          # whatever else it was asked for

@@ -173,9 +173,11 @@ def test_only_the_answer_goes_to_standard_output(model, capsys) -> None:
     assert execute(["any.gguf", "What?"]) == 0
     assert capsys.readouterr() == ("<user:What?>\n", "")
     assert model.calls == [("chat", [{"role": "user", "content": "What?"}], None, None, {})]
-    assert model.loaded == [("any.gguf", None, {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None,
-                                                "images": None, "device": "auto", "encoder_device": None,
-                                                "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None, "draft": None})]
+    (name, progress, settings), = model.loaded
+    assert name == "any.gguf" and callable(progress)         # imports what an answer needs
+    assert settings == {"n_ctx": None, "kv_dtype": "f16", "n_threads": None, "n_batch": 512, "mmproj": None, "images": None, "device": "auto",
+                        "encoder_device": None, "expert_device": None, "mmap": False, "adapters": None, "compress": None, "speculate": None, "draft": None}
+    assert execute(["any.gguf", "What?", "--raw"]) == 0 and model.loaded[1][1] is None           # no template, no terminal
 
 
 def test_options_reach_the_model(model) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import fields
@@ -21,6 +23,7 @@ from test_cli import FAKE, FakeModel, model, one_line, ROOT, run_process, Termin
 
 import pyengine
 from pyengine.cli import answer, asked, pictures, words
+from pyengine.cli.beforehand import ANSWERING, beside
 from pyengine.cli.command import execute, main_form
 from pyengine.cli.talk.conversation import Chat
 from pyengine.errors import ModelWarning, RequestError
@@ -540,3 +543,29 @@ def test_plain_arguments_are_read_without_pydantic() -> None:
         assert found == "True False 2" and said in error and "-n" in error
     found, error = run("no-such-model", "Hi", "--temp", "warm")
     assert found == "True False 2" and "valid number" in error and "--temp" in error
+
+
+# --- imports beside packing -------------------------------------------------------------------------------------------
+
+
+def test_modules_are_imported_in_a_thread_from_the_first_call_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "imported_beside.py").write_text("import threading\nTHREAD = threading.current_thread().name\n")
+    told = []
+    progress = beside(("there_is_no_such_module", "imported_beside"), lambda *counts: told.append(counts))
+    assert "imported_beside" not in sys.modules
+    progress(1, 2)
+    progress(2, 2)
+    for thread in threading.enumerate():
+        if thread.name == "pyengine imports":
+            thread.join(60)
+    assert sys.modules.pop("imported_beside").THREAD == "pyengine imports" and told == [(1, 2), (2, 2)]
+
+
+def test_without_modules_the_progress_is_the_same() -> None:
+    assert beside((), None) is None and beside((), print) is print
+
+
+def test_modules_of_an_answer_exist() -> None:
+    for name in ANSWERING:
+        assert importlib.import_module(name)
