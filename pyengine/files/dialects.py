@@ -10,6 +10,8 @@ value. They are
     clip.vision.rope.interleaved               pairs of the encoder's q and k that turn together are neighbours (default), or a half apart
     clip.vision.projector.hidden_act           the projector's activation
     llama4.use_qk_norm                         rotated queries and keys are scaled to unit length
+    qwen35.nextn_norm_offset                   what is added to the norms around the layer that predicts further tokens (0)
+    qwen35.foreign_nextn                       the file has such layers in Ollama's names, which are left out
     mllama.attention.cross_interleaved         rows of q and k of cross-attention are interleaved, as for a rotation, but not their norms'
 
 Nothing is decoded for it but a few numbers, and a file in llama.cpp's own names is handed back as it is. Names that no table has stay
@@ -400,18 +402,35 @@ def qwen3vl_encoder(t: Translation, arch: str) -> list[int]:
     return deep
 
 
+NEXTN = {"mtp.fc": "eh_proj", "mtp.pre_fc_norm_embedding": "enorm", "mtp.pre_fc_norm_hidden": "hnorm", "mtp.norm": "shared_head_norm"}
+
+
 def qwen35(t: Translation) -> None:
-    """Translate Ollama's files of Qwen3.5 and Qwen3-Next. Layers that predict further tokens are left out, as the models do with llama.cpp's.
+    """Translate Ollama's files of Qwen3.5 and Qwen3-Next. Its older ones have the layer that predicts further tokens as checkpoints name it, where
+    1 is added to norms by the ends of their names: those around the layer lack it. With experts, which are apart there, it is left out.
 
     Which layers keep a state is said there by heads of keys and values that are none.
     """
     arch = t.get("general.architecture", str)
     t.tensors.update((name, f"{name}.bias") for name in t.source.tensors if name.endswith(".ssm_dt"))
-    t.leave_out("mtp.")
+    more, n_layers = [name for name in t.source.tensors if name.startswith("mtp.")], t.get(f"{arch}.block_count", int)
+    layer = {name for name in more if name.startswith("mtp.layers.")}
+    known = n_layers is not None and all(t.has_tensor(f"{name}.weight") for name in NEXTN) and layer and all(
+        name.startswith("mtp.layers.0.") and ".mlp." not in name for name in layer)
+    if known:
+        behind = "blk.*".replace("*", str(n_layers))
+        t.tensors |= {f"{name}.weight": f"{behind}.nextn.{ours}.weight" for name, ours in NEXTN.items()}
+        t.tensors |= {name: f"{behind}.{name.removeprefix('mtp.layers.0.')}" for name in layer}
+        t.replace(f"{arch}.block_count", n_layers + 1)
+        t.add(f"{arch}.nextn_predict_layers", 1)
+        t.add(f"{arch}.nextn_norm_offset", 1.0)
+    elif more:
+        t.leave_out("mtp.")
+        t.add(f"{arch}.foreign_nextn", True)
     heads = t.get(f"{arch}.attention.head_count_kv", np.ndarray)
     if heads is not None and len(heads) and heads.dtype.kind in "iu":
         t.replace(f"{arch}.attention.head_count_kv", int(heads.max()))
-        t.add(f"{arch}.attention.recurrent_layers", heads == 0)
+        t.add(f"{arch}.attention.recurrent_layers", np.append(heads == 0, [False] * bool(known)))
     if f"{arch}.vision.block_count" in t:
         qwen3vl_encoder(t, arch)
 

@@ -138,7 +138,10 @@ class ModelLayout:
     def _ahead(self, k: DType) -> bool:
         """Say whether the step has the model's head that predicts further tokens: where it may draft, and nothing else keeps it from it."""
         drafts = self.bound.drafts or self.bound.draft is not None                   # the one of both that does is a small model
-        if self.bound.ahead is None or most_drafted(self.want.speculate, 1) == 0 or drafts:
+        if most_drafted(self.want.speculate, 1) == 0 or drafts:
+            return False
+        if self.bound.ahead is None:
+            self.notes += [self.bound.model.without] * bool(self.bound.model.without)
             return False
         why = ("adapters would have to change it" if self.bound.adapters else "conversations are compressed" if self.want.compress is not None else
                "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else "")

@@ -136,6 +136,7 @@ class Architecture(ABC):
     absolute       positions are added to embeddings: keys cannot be moved to others
     media_id       the id that stands for media rows in `batch.texts`
     ahead          a head that predicts further tokens, for drafts, where the file has one
+    without        what of the file drafts elsewhere and is left out here, in words; "": nothing
     source         the encoder that prompts go to, of an encoder-decoder: pictures' rows too, and `Cross(everywhere=True)` layers see its rows
     """
 
@@ -145,6 +146,7 @@ class Architecture(ABC):
     media_id: int = 0
     source: SourceEncoder | None = None
     ahead: Ahead | None = None
+    without: str = ""
     rope: Rotary
 
     @abstractmethod

@@ -41,7 +41,7 @@ class Model(qwen3vl.Model):
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w)
-        self.ahead = qwen3next.bind_ahead(self, w)
+        self.ahead, self.without = qwen3next.bind_ahead(self, w), qwen3next.without_ahead(self.config)
 
     @staticmethod
     def read(h: Hparams, w: Weights) -> qwen3next.Config:

@@ -6,7 +6,7 @@ element of its output, whose rows stand in the matrix of q behind each head's, a
 Files of llama.cpp: norms have 1 added to their weights, `ssm_a` is -exp(A_log).
 differs: rows are taken one after the other (transformers: in chunks of 64), so that results do not depend on how a prompt is cut.
 The layer behind the last one (`nextn`), which predicts further tokens (MTP), is a block with attention; where a file has several of them,
-they are left out.
+they are left out, and the plan says so.
 Axes: m rows of the batch, D hidden; attention: H/K query/KV heads, E head size; delta net: G heads of q and k of size S, V heads of T.
 """
 
@@ -49,6 +49,8 @@ class Config(DecoderConfig):
     n_used: int = 0                  # experts of a row
     d_shared: int = 0                # width of the expert that all rows share
     n_ahead: int = 0                 # layers behind the last one that predict further tokens
+    foreign: bool = False            # the file has some under names of its own, which are not read
+    offset: float = 0.0              # of the norms around it
 
     @property
     def n_channels(self) -> int:
@@ -70,7 +72,8 @@ def delta_net(h: Hparams, w: Weights, **numbers: Any) -> dict[str, Any]:
     if inner % n_values or n_values % n_keys:
         raise InvalidModelError(f"{h.key('ssm.inner_size')} is {inner} for {n_values} heads, which share {n_keys} keys")
     return {**read, "n_layers": n_layers, "recurrent": recurrent[:n_layers], "taps": h.size("ssm.conv_kernel"), "n_keys": n_keys,
-            "d_key": h.size("ssm.state_size"), "n_values": n_values, "d_value": inner // n_values, "n_ahead": n_more}
+            "d_key": h.size("ssm.state_size"), "n_values": n_values, "d_value": inner // n_values, "n_ahead": n_more,
+            "foreign": h.get("foreign_nextn", False, bool), "offset": h.number("nextn_norm_offset", 0.0)}
 
 
 def experts(h: Hparams) -> dict[str, int]:
@@ -169,7 +172,15 @@ def bind_ahead(model: Any, w: Weights) -> Mtp | None:
     if c.n_ahead != 1:
         return None
     own = w["blk", c.n_layers]
-    return Mtp(own, Block(own, c, None, model.feed_forward), model)
+    return Mtp(own, Block(own, c, None, model.feed_forward), model, c.offset)
+
+
+def without_ahead(c: Config) -> str:
+    """Say what of a file predicts further tokens and is left out."""
+    if c.n_ahead > 1:
+        return f"the file's {c.n_ahead} layers that predict further tokens are left out: no more than one drafts here"
+    return ("the file's layers that predict further tokens are left out: they have names of Ollama's (mtp.*), and experts apart; llama.cpp's files, which have "
+            "one as nextn, draft with it") if c.foreign else ""
 
 
 class Model(qwen3.Model):
@@ -180,7 +191,7 @@ class Model(qwen3.Model):
 
     def __init__(self, h: Hparams, w: Weights):
         super().__init__(h, w)
-        self.ahead = bind_ahead(self, w)
+        self.ahead, self.without = bind_ahead(self, w), without_ahead(self.config)
 
     @staticmethod
     def read(h: Hparams, w: Weights) -> Config:

@@ -68,17 +68,18 @@ class Mtp(Ahead):
 
     What it gives is what token j + 1 may be. DeepSeek-V3, arXiv:2412.19437, section 2.2; transformers 5.23 `modeling_layers.py`
     (MtpLayer), which has the embedding and the output head of the decoder, as here unless the file holds others.
-    w: the layer's scope; block: of the decoder's kind, bound there; decoder: has config, n_ids, embed, norm, head, rope and rotation.
+    w: the layer's scope; block: of the decoder's kind, bound there; decoder: has config, n_ids, embed, norm, head, rope and rotation;
+    offset: added to the weights of the norms around the block.
     """
 
     origin = "mtp"
 
-    def __init__(self, w: Weights, block: Any, decoder: Any):
+    def __init__(self, w: Weights, block: Any, decoder: Any, offset: float = 0.0):
         c, own = decoder.config, w["nextn"]
         self.block, self.decoder, self.width, self.n_logits, self.own = block, decoder, c.d_model, c.vocab_size, [(c.n_kv_heads, c.head_dim)]
-        self.embedding_norm, self.hidden_norm = (RMSNorm(own[name], c.d_model, c.eps) for name in ("enorm", "hnorm"))
+        self.embedding_norm, self.hidden_norm = (RMSNorm(own[name], c.d_model, c.eps, offset) for name in ("enorm", "hnorm"))
         self.join = Linear(own["eh_proj"], 2 * c.d_model, c.d_model)
-        self.norm = RMSNorm(own["shared_head_norm"], c.d_model, c.eps) if "shared_head_norm" in own else decoder.norm
+        self.norm = RMSNorm(own["shared_head_norm"], c.d_model, c.eps, offset) if "shared_head_norm" in own else decoder.norm
         self.embed = Embedding(own["embed_tokens"], decoder.n_ids, c.d_model) if "embed_tokens" in own else decoder.embed
         self.head = Linear(own["shared_head_head"], c.d_model, c.vocab_size) if "shared_head_head" in own else decoder.head
 

@@ -129,10 +129,11 @@ class Embedding:
 
 
 class RMSNorm:
-    """x / rms(x) * weight over the last axis."""
+    """x / rms(x) * (weight + offset) over the last axis."""
 
-    def __init__(self, w: Weights, d: int, eps: float):
-        self.weight, self.eps = constant(w.tensor("weight", (d,)), dtype_of("F32")), eps
+    def __init__(self, w: Weights, d: int, eps: float, offset: float = 0.0):
+        ref = w.tensor("weight", (d,))
+        self.weight, self.eps = constant(DerivedRef(ref.name, ref.shape, (ref,), lambda a: a + np.float32(offset)) if offset else ref, dtype_of("F32")), eps
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.eps)

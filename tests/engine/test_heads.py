@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import cases
+import foreign
 import heads
 import pyengine as pe
 from converters.__main__ import main as converters_main
@@ -133,6 +134,42 @@ def test_files_have_it_as_those_of_llama_cpp(made) -> None:
     weights, checkpoint = {t.name: t.data for t in gguf.GGUFReader(path).tensors}, load_file(path.parent / "hf/model.safetensors")
     assert np.allclose(weights[names[kinds.NEXTN_ENORM]], checkpoint["mtp.pre_fc_norm_embedding.weight"] + 1, atol=1e-6)
     assert np.array_equal(weights[names[kinds.NEXTN_EH_PROJ]], checkpoint["mtp.fc.weight"])
+
+
+OLLAMA = {"eh_proj": "mtp.fc", "enorm": "mtp.pre_fc_norm_embedding", "hnorm": "mtp.pre_fc_norm_hidden", "shared_head_norm": "mtp.norm"}
+
+
+def as_ollama(name: str, data: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """A tensor in the names of Ollama's convert/convert_qwen3next.go before it had llama.cpp's: there 1 is added to norms that end in "_norm.weight"."""
+    around = next((theirs for ours, theirs in OLLAMA.items() if name == f"blk.5.nextn.{ours}.weight"), None)
+    if around is not None:
+        return [(f"{around}.weight", data - 1 if data.ndim == 1 else data)]
+    return [(name.replace("blk.5.", "mtp.layers.0.").replace("ssm_dt.bias", "ssm_dt"), data)]
+
+
+def test_older_files_of_ollama_have_it_too(made, tmp_path) -> None:
+    path, text = made("qwen3_5_text").path, ids(24)
+    keys = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": None, "qwen35.attention.recurrent_layers": None,
+            "qwen35.attention.head_count_kv": [0, 0, 0, 2, 0]}
+    assert GGUFFile(path).metadata["qwen35.attention.head_count_kv"] == 2
+    theirs = pe.load(foreign.copied(path, tmp_path / "o.gguf", keys, as_ollama), **SETTINGS)
+    for got, want in zip(read(theirs, text, 20, 64), read(pe.load(path, **SETTINGS), text, 20, 64), strict=True):
+        assert np.array_equal(got, want)
+    apart = foreign.copied(path, tmp_path / "e.gguf", keys, lambda name, data: [  # experts are not joined there
+        (n.replace("mtp.layers.0.ffn_up", "mtp.layers.0.mlp.experts.0.up_proj"), d) for n, d in as_ollama(name, data)])
+    model = pe.load(apart, **SETTINGS)
+    assert model._scheduler.speculation.source is None and "layers that predict further tokens are left out: they have names of Ollama's" in model.plan.table()
+    assert "left out" not in pe.plan(apart, **SETTINGS, speculate=False).table()
+
+
+def test_of_several_layers_none_is_taken_and_the_plan_says_so(made, tmp_path) -> None:
+    path = made("qwen3_5_text").path
+    keys = {"qwen35.block_count": 7, "qwen35.nextn_predict_layers": 2, "qwen35.attention.recurrent_layers": [True, True, True, False, True, False, False]}
+    two = foreign.copied(path, tmp_path / "t.gguf", keys, lambda name, data: [
+        (name, data), *([(name.replace("blk.5.", "blk.6."), data)] if name.startswith("blk.5.") else [])])
+    model = pe.load(two, **SETTINGS)
+    assert model._scheduler.speculation.source is None and "the file's 2 layers that predict further tokens are left out" in model.plan.table()
+    assert told(model.generate(ids(9), **asked(0))) == told(pe.load(path, **SETTINGS, speculate=False).generate(ids(9), **asked(0)))
 
 
 @pytest.mark.parametrize("names", [("mtp.layers.0.", "mtp.layers.1."), ("mtp.fc.", "model.mtp.fc.")], ids=["several layers", "another name"])

@@ -223,19 +223,10 @@ def test_gemma_3n_of_ollama_has_rows_that_only_pictures_need(tiny_gguf, tmp_path
 def test_qwen3_next_of_ollama(tiny_gguf, tmp_path) -> None:
     """Layers without heads of keys keep a state, and a bias lacks the end of its name."""
     path, ids = tiny_gguf("qwen3_next")[0], list(range(3, 60))
-    reader, theirs = gguf.GGUFReader(path), tmp_path / "o.gguf"
-    w = gguf.GGUFWriter(theirs, "qwen3next")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "qwen3next.attention.recurrent_layers", "qwen3next.attention.head_count_kv"):
-            w.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-    recurrent, heads = (reader.fields[f"qwen3next.attention.{name}"].contents() for name in ("recurrent_layers", "head_count_kv"))
-    w.add_array("qwen3next.attention.head_count_kv", [0 if keeps else heads for keeps in recurrent])
-    for t in reader.tensors:
-        w.add_tensor(t.name.replace("ssm_dt.bias", "ssm_dt"), np.array(t.data))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+    recurrent, heads = (GGUFFile(path).metadata[f"qwen3next.attention.{name}"] for name in ("recurrent_layers", "head_count_kv"))
+    theirs = foreign.copied(path, tmp_path / "o.gguf", {"qwen3next.attention.recurrent_layers": None,
+                                                        "qwen3next.attention.head_count_kv": [0 if keeps else int(heads) for keeps in recurrent]},
+                            lambda name, data: [(name.replace("ssm_dt.bias", "ssm_dt"), data)])
     assert np.array_equal(pe.load(theirs, n_ctx=64).logits(ids), pe.load(path, n_ctx=64).logits(ids))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -428,3 +428,17 @@ def mtmd_rows(text: Path, mmproj: Path, picture: Any) -> tuple[list[int | None],
     mtmd.mtmd_bitmap_free(bitmap)
     mtmd.mtmd_free(context)
     return ids, np.concatenate(rows)
+
+
+def copied(source: Path, out: Path, keys: dict[str, Any], tensor: Callable[[str, np.ndarray], Tensors]) -> Path:
+    """Copy a file in float32 with other values of keys, whole numbers or lists, None: without it, and with what `tensor` makes of each of its tensors."""
+    reader = gguf.GGUFReader(source)
+    w = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for key, value in reader.fields.items():
+        if not key.startswith("GGUF.") and key not in (*keys, "general.architecture"):
+            w.add_key_value(key, value.contents(), value.types[0], value.types[1] if len(value.types) > 1 else None)
+    for key, new in keys.items():
+        if new is not None:
+            (w.add_array if isinstance(new, list) else w.add_uint32)(key, new)
+    write(w, [made for t in reader.tensors for made in tensor(t.name, np.array(t.data))], "f32")
+    return out
