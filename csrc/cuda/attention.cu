@@ -2,17 +2,16 @@
  * Reference: pyengine/ops/attention.py: attention.
  *
  *   keys and values             a query sees             products of                                   within, of the reference
- *   F32, keys by channel,       any number of keys       floats, in the CPU's order: its bits          2e-6 of the spread of values
- *   heads wider than 256
- *   F16, BF16, blocks           up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
- *                               more                     halves, two for each number that is none      2e-6
+ *   F32, heads wider than 256   any number of keys       floats, in the CPU's order: its bits          2e-6 of the spread of values
+ *   F16, BF16, blocks, keys     up to EXACT_KEYS of them the same (attention_float.cu)                 2e-6
+ *   by channel                  more                     halves, two for each number that is none      2e-6
  *   F32 with products="int8"    any number of keys       halves: all are rounded to 11 bits            1e-3 (int8 allows 5e-3)
  *
  * Keys in blocks meet queries of 8 bits everywhere, as on the CPU; what is said of them is against such queries.
  *
  * Two halves: q = high + low, each an operand of its own, so that 22 bits of q count; of probabilities the same. Keys and values of 16 bits
- * are halves as they are. Values in blocks are code * scale, of 19 bits: two halves as well, and of the four products the least is left
- * out. What it takes of tensor cores is twice (values in blocks: three times) the products, no more bytes of the cache, and for queries and
+ * are halves as they are. Values in blocks, and keys by channel, are code * scale, of 19 bits: two halves as well, and of the four products the
+ * least is left out. What it takes of tensor cores is twice (values in blocks: three times) the products, no more bytes of the cache, and for queries and
  * unpacked values twice the shared memory: attention_many.cu counts it. With one half each results were within 1e-3.
  *
  * Why two kernels: activations are rounded to 8 bits behind attention, and one that differs in its last digit may fall on the other side of
@@ -109,7 +108,7 @@ int pitch_of(int32_t dtype, int elements) {
   return pitch % 32 ? pitch : pitch + 16;
 }
 
-int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS ? TILE_KEYS * pitch : columns * TILE_KEYS * 64; }
+int tile_bytes(Form form, int columns, int pitch) { return form == BLOCKS || form == CHANNELS ? TILE_KEYS * pitch : columns * TILE_KEYS * 64; }
 
 /* A stretch of a tile's cells as they lie; of numbers that are not copied only which cells they are. */
 int staged_bytes(Form form, int pitch) { return TILE_KEYS * (form == GATHERED ? (int)sizeof(int32_t) : pitch); }
@@ -129,7 +128,7 @@ void lay_out(Job *w, int queries, int warps, int stages) {
   a.q = at_end(&end, (int64_t)queries * w->ne * (w->k_form == BLOCKS ? 32 : 64 * parts));
   a.q_scale = at_end(&end, queries * 4);
   a.q_sum = at_end(&end, w->k_form == BLOCKS ? (int64_t)queries * w->ne * 4 : 0);
-  a.k_ready = at_end(&end, !few && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
+  a.k_ready = at_end(&end, w->k_form == CHANNELS ? w->ne * TILE_KEYS * 64 * 2 : !few && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 32 : 0);
   a.k_scale = at_end(&end, !few && w->k_form == BLOCKS ? w->ne * TILE_KEYS * 8 : 0);
   a.v_ready = at_end(&end, !few && w->v_form == BLOCKS ? w->nf * TILE_KEYS * 64 * 2 : 0);
   a.peaks = at_end(&end, few ? FEW_WARPS * queries * 4 : 0);
@@ -189,7 +188,7 @@ int64_t keys_of(const pe_tensor *k, const pe_tensor *v, const pe_tensor *cells) 
 int64_t exact_keys(const pe_tensor *k, const pe_tensor *v, int32_t products) {
   if (k->shape[2] > MOST_HALVES || v->shape[2] > MOST_HALVES) return ANY;
   if (products == PE_ATTENTION_PRODUCTS_INT8) return 0;
-  if (k->dtype == PE_F32 || v->dtype == PE_F32 || channel_format(k->dtype) != PE_F32) return ANY;
+  if (k->dtype == PE_F32 || v->dtype == PE_F32) return ANY;
   const char *own = getenv("PYENGINE_CUDA_EXACT_KEYS");
   return own ? atoll(own) : (int64_t)EXACT_KEYS;
 }

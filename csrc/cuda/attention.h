@@ -248,7 +248,9 @@ using Walk = WalkOf<CHUNK_KEYS>;
 
 /* ---- cells ---- */
 
-/* Cells of keys CELL_KEYS * at .. into shared memory: -1 for those that no row sees. By all threads, between barriers. */
+/* Cells of keys CELL_KEYS * at .. into shared memory: -1 for those that no row sees. By all threads, between barriers. GROUPED: of keys that may be
+ * by channel, where those of a group lie side by side. */
+template <bool GROUPED = false>
 __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Seen &seen, int at) {
   int32_t *to = area<int32_t>(w.at.cells);
   const Interval *rows = area<Interval>(w.at.rows);
@@ -266,11 +268,11 @@ __device__ __forceinline__ void find_cells(const Job &w, const Unit &u, const Se
       raise(w.fault, PE_BAD_VALUE, cell, w.n_cells);
       cell = -1;
     }
-    if (w.k_form == CHANNELS && cell >= 0 && cell % GROUP_KEYS != j % GROUP_KEYS) raise(w.fault, PE_BAD_VALUE, cell, w.n_cells), cell = -1;
+    if (GROUPED && w.k_form == CHANNELS && cell >= 0 && cell % GROUP_KEYS != j % GROUP_KEYS) raise(w.fault, PE_BAD_VALUE, cell, w.n_cells), cell = -1;
     to[j] = cell;
   }
   __syncthreads();
-  for (int j = threadIdx.x; w.k_form == CHANNELS && j < CELL_KEYS; j += blockDim.x) /* the cells of a group lie side by side */
+  for (int j = threadIdx.x; GROUPED && w.k_form == CHANNELS && j < CELL_KEYS; j += blockDim.x)
     if (j % GROUP_KEYS && to[j] >= 0 && to[j - 1] >= 0 && to[j] != to[j - 1] + 1) raise(w.fault, PE_BAD_VALUE, to[j], w.n_cells);
 }
 

@@ -6,7 +6,8 @@
  * blocks, each chunk's sums go to scratch and attention.cu merges them; else this block merges them in its part of `out`.
  *
  * Shared memory: queries; stages of a tile of K and of V as they lie in the cache, copied asynchronously while those before are used
- * (blocks are unpacked in registers: each byte of K and V is wanted by one warp only); [4][16] peaks; probabilities as A fragments
+ * (blocks are unpacked in registers: each byte of K and V is wanted by one warp only; keys by channel into halves beside them, 2 x 64 e bytes,
+ * with a barrier more); [4][16] peaks; probabilities as A fragments
  * [4][32 lanes][16 bytes], behind them what they leave of the probabilities.
  * Per tile: 64 (e + f) elements of the cache, each byte read once for all heads of the group; 4 (e + f) * 64 * 16 operations on tensor
  * cores (each operand is two halves), of which 16 / group are of use; 8 powers a lane. At 4.8 TB/s (H200) and heads of 128 in F16 tensor cores

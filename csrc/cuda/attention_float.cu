@@ -221,7 +221,7 @@ template <> struct Slices<BLOCKY> {
       }
       if (++coming == keys + stretches_of(w.f)) {
         coming = 0;
-        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells(w, u, seen, ahead.chunk());
+        if (ahead.step(w, u, seen, blockIdx.z, gridDim.z) && ahead.more()) find_cells<true>(w, u, seen, ahead.chunk());
       }
     }
     cp_async_commit();
@@ -497,7 +497,7 @@ struct FloatUnit {
     now.enter(w, u, seen, 0, blockIdx.z, gridDim.z);
     if (now.more()) {
       Slices<HOW> slices(now);
-      find_cells(w, u, seen, now.chunk());
+      find_cells<HOW == BLOCKY>(w, u, seen, now.chunk());
       slices.begin(w, u, seen);
       forget_peaks(w, QUERIES);
       clear(kept);

@@ -15,7 +15,8 @@
  * bytes 8 t .. 8 t + 7 of key g, elements 4 t .. 4 t + 3 and 16 + 4 t .. 16 + 4 t + 3: words of a block that 8 keys' lanes read without
  * meeting a bank twice, cells being 16 bytes more than a multiple of 32 apart. Queries are codes too, with one scale each; the sum of a
  * block is exact (it begins at 1.5 * 2^23, so that its bits are those of a float), and scores are those of csrc/cpu/attention.c bit for
- * bit. Values in blocks become halves.
+ * bit. Values in blocks become halves. Keys by channel do too, two for each number: where a tile is unpacked a lane has a channel, and writes 2
+ * of the 64 bytes that a warp writes of a key.
  */
 #ifndef PE_CUDA_ATTENTION_TILES_H
 #define PE_CUDA_ATTENTION_TILES_H
@@ -212,6 +213,26 @@ __device__ __forceinline__ uint2 halves_of_codes(uint32_t codes, float d, float 
   return make_uint2(low, scaled(__byte_perm(codes, 0x64646464u, 0x4342), d, m, less.y));
 }
 
+/* A tile of keys by channel becomes halves, behind all of them what they leave. A warp has a group's 32 channels. */
+__device__ __forceinline__ void unpack_groups(const Job &w, const char *from) {
+  const int32_t format = channel_format(w.k.dtype);
+  const int bytes = cell_format_of(format).bytes, behind = w.ne * HALF_TILE / 2, lane = again(lane_of());
+  for (int i = warp_of(); i < TILE_KEYS / GROUP_KEYS * w.ne; i += blockDim.x / 32) {
+    const int h = i % (TILE_KEYS / GROUP_KEYS), b = i / (TILE_KEYS / GROUP_KEYS);
+    const char *block = from + (h * w.e + b * COLUMNS + lane) * bytes;
+    const float d = scale_of(block), m = least_of(block, format);
+    uint16_t *to = area<uint16_t>(w.at.k_ready) + (b * TILE_KEYS + h * GROUP_KEYS) * COLUMNS + lane;
+#pragma unroll 2
+    for (int four = 0; four < GROUP_KEYS / 4; four++, to += 4 * COLUMNS) {
+      uint2 less;
+      const uint2 x = halves_of_codes(four_codes_of(block, format, four), d, m, less);
+      to[0] = (uint16_t)x.x, to[COLUMNS] = (uint16_t)(x.x >> 16), to[2 * COLUMNS] = (uint16_t)x.y, to[3 * COLUMNS] = (uint16_t)(x.y >> 16);
+      uint16_t *rest = to + behind;
+      rest[0] = (uint16_t)less.x, rest[COLUMNS] = (uint16_t)(less.x >> 16), rest[2 * COLUMNS] = (uint16_t)less.y, rest[3 * COLUMNS] = (uint16_t)(less.y >> 16);
+    }
+  }
+}
+
 /* A tile of values in blocks becomes halves, behind all of them what they leave. */
 __device__ __forceinline__ void unpack_values(const Job &w, const char *from) {
   char *to = area<char>(w.at.v_ready);
@@ -251,13 +272,13 @@ template <bool MANY> struct Loader {
   __device__ __forceinline__ void begin(const Job &w, const Unit &u, const Seen &seen, const Walk &first) {
     ahead = first;
     current = 0;
-    find_cells(w, u, seen, first.tile / (CELL_KEYS / TILE_KEYS));
+    find_cells<true>(w, u, seen, first.tile / (CELL_KEYS / TILE_KEYS));
     for (int i = 1; i < w.at.stages; i++) load(w, u, seen, i - 1);
   }
   /* The walk goes on; cells of the keys that follow are there. */
   __device__ __forceinline__ void step(const Job &w, const Unit &u, const Seen &seen) {
     const bool apart = MANY ? ahead.step(w, u, seen, 0, 1) : ahead.step(w, u, seen, blockIdx.z, gridDim.z);
-    if (ahead.more() && (apart || ahead.tile % (CELL_KEYS / TILE_KEYS) == 0)) find_cells(w, u, seen, ahead.tile / (CELL_KEYS / TILE_KEYS));
+    if (ahead.more() && (apart || ahead.tile % (CELL_KEYS / TILE_KEYS) == 0)) find_cells<true>(w, u, seen, ahead.tile / (CELL_KEYS / TILE_KEYS));
   }
   /* Of the 64 keys of the tile. */
   __device__ __forceinline__ const int32_t *cells(const Job &w) const {
@@ -266,7 +287,8 @@ template <bool MANY> struct Loader {
   __device__ __forceinline__ void load(const Job &w, const Unit &u, const Seen &seen, int to) {
     if (ahead.more()) {
       char *stage = shared_bytes() + to * w.at.stage_bytes;
-      load_tile<false>(w.k, w.k_form, u.g, cells(w), w.at.k_pitch, stage + w.at.k);
+      if (w.k_form == CHANNELS) copy_groups(w.k, u.g, cells(w), 0, w.e, stage + w.at.k);
+      else load_tile<false>(w.k, w.k_form, u.g, cells(w), w.at.k_pitch, stage + w.at.k);
       if (w.at.one) return;
       load_tile<true>(w.v, w.v_form, u.g, cells(w), w.at.v_pitch, stage + w.at.v);
       step(w, u, seen);
@@ -298,9 +320,10 @@ template <bool MANY> struct Loader {
     if (!w.at.one && w.v_form == COPIED && w.v.dtype == PE_BF16) narrow_tile<true>(w.v, stage + w.at.v);
     __syncthreads();
     if (w.at.stages > 1) load(w, u, seen, current == 0 ? w.at.stages - 1 : current - 1);
+    if (w.k_form == CHANNELS) unpack_groups(w, k), k = area<char>(w.at.k_ready);
     if (MANY && w.k_form == BLOCKS) unpack_keys(w, k);
     if (MANY && w.v_form == BLOCKS) unpack_values(w, v), v = area<char>(w.at.v_ready);
-    if (MANY && (w.k_form == BLOCKS || w.v_form == BLOCKS)) __syncthreads();
+    if (w.k_form == CHANNELS || (MANY && (w.k_form == BLOCKS || w.v_form == BLOCKS))) __syncthreads();
     current = current + 1 == w.at.stages ? 0 : current + 1;
   }
 };
@@ -377,7 +400,23 @@ __device__ __forceinline__ void scale_scores(const Job &w, int first, float (&s)
   for (int j = 0; j < KEYS; j++) s[j][0] *= low, s[j][1] *= low, s[j][2] *= high, s[j][3] *= high;
 }
 
-/* s[j] = queries first .. first + 15 (of n) by keys 8 (key + j) .. + 7, j < KEYS. */
+/* A block of columns of 16 queries, of which this lane holds what two mma take of it. */
+struct QueryBlock {
+  uint32_t low[4], high[4];
+  __device__ __forceinline__ QueryBlock(const char *q) {
+    const uint4 x = *(const uint4 *)q, y = *(const uint4 *)(q + 512);
+    low[0] = x.x, low[1] = y.x, low[2] = x.y, low[3] = y.y;
+    high[0] = x.z, high[1] = y.z, high[2] = x.w, high[3] = y.w;
+  }
+  /* s += it by the same block of columns of 8 keys */
+  __device__ __forceinline__ void add_scores(const uint4 &k, float (&s)[4]) const {
+    const uint32_t first_two[2] = {k.x, k.y}, last_two[2] = {k.z, k.w};
+    mma_f16(s, low, first_two);
+    mma_f16(s, high, last_two);
+  }
+};
+
+/* s[j] = queries first .. first + 15 (of n) by keys 8 (key + j) .. + 7, j < KEYS; not scaled yet. */
 template <int KEYS, bool FINE>
 __device__ __forceinline__ void add_scores(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
   const int lane = again(lane_of()), behind = w.ne * n * 64;
@@ -385,26 +424,32 @@ __device__ __forceinline__ void add_scores(const Job &w, int first, int n, const
 #pragma unroll
   for (int j = 0; j < KEYS; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
   for (int b = 0; b < w.ne; b++, q += n * 64, k += HALF_TILE) {
-    const uint4 x = *(const uint4 *)q, y = *(const uint4 *)(q + 512);
-    const uint4 xx = FINE ? *(const uint4 *)(q + behind) : x, yy = FINE ? *(const uint4 *)(q + behind + 512) : y;
-    const uint32_t low[4] = {x.x, y.x, x.y, y.y}, high[4] = {x.z, y.z, x.w, y.w};
-    const uint32_t low_less[4] = {xx.x, yy.x, xx.y, yy.y}, high_less[4] = {xx.z, yy.z, xx.w, yy.w};
+    const QueryBlock most(q), less(q + (FINE ? behind : 0));
 #pragma unroll
     for (int j = 0; j < KEYS; j++) {
-      const uint4 v = *(const uint4 *)(k + j * 512);
-      const uint32_t first_two[2] = {v.x, v.y}, last_two[2] = {v.z, v.w};
-      mma_f16(s[j], low, first_two);
-      mma_f16(s[j], high, last_two);
-      if (FINE) mma_f16(s[j], low_less, first_two);
-      if (FINE) mma_f16(s[j], high_less, last_two);
+      const uint4 own = *(const uint4 *)(k + j * 512);
+      most.add_scores(own, s[j]);
+      if (FINE) less.add_scores(own, s[j]);
     }
   }
-  scale_scores<KEYS>(w, first, s);
+}
+
+/* The same scores get what halves leave of the keys, which lies behind them. */
+template <int KEYS> __device__ __forceinline__ void add_rest(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
+  const int lane = again(lane_of());
+  const char *q = area<char>(w.at.q) + first * 64 + lane * 16, *k = tile + w.ne * HALF_TILE + key * 512 + lane * 16;
+  for (int b = 0; b < w.ne; b++, q += n * 64, k += HALF_TILE) {
+    const QueryBlock most(q);
+#pragma unroll
+    for (int j = 0; j < KEYS; j++) most.add_scores(*(const uint4 *)(k + j * 512), s[j]);
+  }
 }
 template <int KEYS>
 __device__ __forceinline__ void scores_of_halves(const Job &w, int first, int n, const char *tile, int key, float (&s)[KEYS][4]) {
   if (w.fine) add_scores<KEYS, true>(w, first, n, tile, key, s);
   else add_scores<KEYS, false>(w, first, n, tile, key, s);
+  if (w.k_form == CHANNELS) add_rest<KEYS>(w, first, n, tile, key, s);
+  scale_scores<KEYS>(w, first, s);
 }
 
 /* Keys in blocks as scores_of_codes takes them: block of columns b of keys 8 group .. 8 group + 7, unpacked (for many queries). */

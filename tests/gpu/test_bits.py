@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import real_path
+from groups import fewer_in_full  # noqa: F401  a fixture
 
 import pyengine as pe
 from converters.quantize.file import quantize_file
@@ -167,7 +168,8 @@ def test_caches_of_blocks(emulated: str, tiny_gguf, kv_dtype: str) -> None:
     agree(emulated, tiny_gguf("qwen3", "q8_0", head_dim=32, num_hidden_layers=2)[0], kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize(("kv_dtype", "most"), [("f16", 3e-5), ("q8_0", 3e-4), pytest.param("q4_0", 3e-4, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("fewer_in_full")
+@pytest.mark.parametrize(("kv_dtype", "most"), [("f16", 3e-5), ("q8_0", 3e-4), ("kivi4", 3e-4), pytest.param("q4_0", 3e-4, marks=pytest.mark.slow)])
 def test_tensor_cores_lose_no_digits(cuda_device: str, tiny_gguf, monkeypatch: pytest.MonkeyPatch, kv_dtype: str, most: float) -> None:
     """As beyond EXACT_KEYS, with float32 weights. In the mean within 1e-5 of the range of logits; more where a number that a cache or a query of
     8 bits rounds lies in the middle of two."""
