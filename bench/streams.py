@@ -37,6 +37,24 @@ class Client:
             self._streams = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 20)
         return self._streams
 
+    async def send(self, request: bytes) -> tuple[asyncio.StreamReader, bytes]:
+        """Send a request; returns what its answer is read from, and the answer's first line. A kept connection that the server closes instead
+        of answering is replaced once (RFC 9112, 9.3.1)."""
+        for kept in (self._streams is not None, False):
+            reader, writer = await self.connected()
+            try:
+                writer.write(request)
+                await writer.drain()
+                first = await reader.readline()
+            except ConnectionError:
+                first = b""
+            if first or not kept:
+                break
+            self.close()
+        if not first:
+            raise ConnectionResetError("closed without an answer")
+        return reader, first
+
     def close(self) -> None:
         """Drop the connection."""
         if self._streams is not None:
@@ -48,14 +66,12 @@ async def ask(client: Client, body: dict[str, Any], leave_after: int | None = No
     """Ask for a streamed chat completion at this machine. leave_after: pieces after which the connection is dropped; pause: seconds before
     each read, of a kilobyte at most."""
     reply, began = Reply(), time.perf_counter()
-    reader, writer = await client.connected()
     whole = False
     try:
         data = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{client.port}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
-        await writer.drain()
-        status = int((await reader.readline()).split()[1])
+        reader, first = await client.send(head.encode() + data)
+        status = int(first.split()[1])
         while (await reader.readline()).strip():             # headers
             pass
         if status != 200:
