@@ -21,6 +21,7 @@ from converters.__main__ import main as converters_main
 from converters.writer import convert
 from eager import draft_always
 from pyengine.engine import writing
+from pyengine.engine.drafts import Draft, Drafts
 from pyengine.errors import InvalidModelError, PlanError, RequestError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile
 from pyengine.memory.held import planned_bytes
@@ -229,10 +230,12 @@ def test_saved_conversations_are_those_of_the_model(made, eager, tmp_path) -> No
     assert with_head._runner.cells.conversations[0].ahead == 89
 
 
-def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_5_text", *BESIDE])
+def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatch, kind: str) -> None:
     """Its first logits behind each token are the same bits whether tokens came one at a time or were drafted."""
-    path, text = made("qwen3_5_text").path, ids(60)
-    wanted, found = pe.load(path, **SETTINGS, speculate=False).generate(text, **asked(0)), []
+    pair, text = made(kind), ids(60)
+    monkeypatch.setattr(Drafts, "next", lambda self, tokens, most: Draft([], []))                  # nothing from the text itself
+    wanted, found = pe.load(pair.path, **SETTINGS, speculate=False).generate(text, **asked(0)), []
     for right in (True, False):
         seen: dict[int, np.ndarray] = {}
 
@@ -244,8 +247,8 @@ def test_it_goes_on_from_drafts_that_came_as_from_others(made, eager, monkeypatc
             w.odds.append(0.9)
 
         monkeypatch.setattr(writing.Writer, "_draw", drawn)
-        answer = pe.load(path, **SETTINGS).generate(text, **asked(0))
-        drafted, accepted = answer.report.drafts["mtp"]
+        answer = loaded(pair).generate(text, **asked(0))
+        drafted, accepted = answer.report.drafts[pair.origin]
         assert told(answer) == told(wanted) and (accepted == drafted > 20 if right else accepted < drafted)
         found.append(seen)
     both = found[0].keys() & found[1].keys()
