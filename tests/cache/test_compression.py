@@ -98,7 +98,7 @@ def test_h2o_is_the_papers(case: Any) -> None:
         assert kept[h].tolist() == sorted(best(a, n // 3 - 5, list(range(n - 5))) + list(range(n - 5, n)))
 
 
-@pytest.mark.parametrize(("pooling", "kernel", "window", "budget"), [("max", 7, 8, 20), ("avg", 5, 4, 15), ("max", 1, 8, 20), ("avg", 3, 32, 9), ("peak", 3, 4, 12)])
+@pytest.mark.parametrize(("pooling", "kernel", "window", "budget"), [("max", 7, 8, 20), ("avg", 5, 4, 15), ("max", 1, 8, 20), ("avg", 3, 32, 9), ("peak", 3, 4, 12), ("max", 3, 4, 1)])
 def test_snapkv_is_the_papers(case: Any, pooling: str, kernel: int, window: int, budget: int) -> None:
     n, p, _, _, is_text = case
     policy = pe.SnapKV(budget=budget, window=window, kernel=kernel, pooling=pooling)
@@ -250,6 +250,7 @@ def test_of_few_cells_the_key_itself_gets_one_before_its_neighbours() -> None:
     assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3).select(sums, text).tolist() == [[1, 7]]                 # before the one that is meant
     assert pe.SnapKV(budget=2, recent=1, window=2, kernel=3, pooling="peak").select(sums, text).tolist() == [[2, 7]]
     assert pe.SnapKV(budget=5, recent=1, window=2, kernel=3, pooling="peak").select(sums, text).tolist() == [[1, 2, 3, 5, 7]]
+    assert pe.SnapKV(budget=1, window=2, kernel=3, pooling="peak").select(sums, text).tolist() == [[2]]                # half of one is none
 
 
 def test_of_equal_scores_the_first_is_kept() -> None:

@@ -91,8 +91,8 @@ class SnapKV(Compression):
             raise RequestError(f"kernel must be an odd number, as many neighbours on both sides, got {self.kernel}")
 
     def recents_of(self, budget: int) -> int:
-        """Return how many of the kept cells are the last tokens': the window, where `recent` says nothing, in half of the budget."""
-        return super().recents_of(budget) if self.recent is not None else min(self.window, max(1, budget // 2))
+        """Return how many of the kept cells are the last tokens': the window, where `recent` says nothing, in half of the budget; of one cell none."""
+        return super().recents_of(budget) if self.recent is not None else min(self.window, budget // 2)
 
     def select(self, sums: np.ndarray, is_text: np.ndarray, *, budget: int | None = None) -> np.ndarray:
         scores, _ = read_sums(sums, is_text)
@@ -136,7 +136,7 @@ class RoCo(Compression):
 
     def recents_of(self, budget: int) -> int:
         """Return how many of the kept cells are the last tokens'."""
-        return super().recents_of(budget) if self.recent is not None else min(10, max(1, budget // 2))
+        return super().recents_of(budget) if self.recent is not None else min(10, budget // 2)
 
     def select(self, sums: np.ndarray, is_text: np.ndarray, *, budget: int | None = None, squares: np.ndarray | None = None,
                counts: np.ndarray | None = None) -> np.ndarray:
