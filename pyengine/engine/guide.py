@@ -7,7 +7,8 @@ come. Grammars begin where content or a call begins, never within thinking.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TYPE_CHECKING
@@ -176,11 +177,12 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
 
     content: the grammar of `Wishes.shape`. Raises: RequestError for what cannot be enforced.
     """
+    if content is not None:                                  # what is wrong with it is told by itself, by its name
+        with _named(wishes.shaped_by):
+            language.grammars.matcher(content)
     if prompt.tools is None:                                 # a plain text goes on
         return Guide(None, language.grammars, content), []
     style, grammars, tools = language.style, language.grammars, list(prompt.tools)
-    if content is not None:
-        grammars.matcher(content)                            # what is wrong with it is told by itself
     if not style.thinks and not tools:
         return (Guide(None, grammars, content) if content else None), []
     called = [t for t in tools if wishes.tool_choice in ("auto", "required", t.name)]
@@ -193,6 +195,8 @@ def guide_of(language: Language, prompt: Prompt, wishes: Wishes, content: str | 
             units = Units(style.grammar(held or called, False, several, grammars.literal), style.bare(held or called, several), not several)
             if demanded:
                 content = style.demanded(called, several, grammars.literal)
+                with _named("tools"):
+                    grammars.matcher(content)
             elif content is not None and style.framed:
                 content = style.around(nested(content), nested(style.grammar(held or called, False, several, grammars.literal)), grammars.literal)
             elif content is not None:
@@ -226,6 +230,15 @@ def _thoughts(language: Language, prompt: Prompt, wishes: Wishes, content: str |
     return thoughts._replace(within=True), f"{start}opens: {opens}thought\n{style.thought()}content: {nested(content)}\n"
 
 
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Begin an error with the name of the argument that it is about."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{field}: {error}") from None
+
+
 def _holdable(style: Style, tools: Sequence[Tool], grammars: Grammars) -> list[Tool]:
     """Return tools whose calls can be held to a grammar: as they are, or else to the names and types of their arguments; none where some
     cannot at all. Raises: RequestError for one that is to be strict."""
@@ -242,7 +255,8 @@ def _holdable(style: Style, tools: Sequence[Tool], grammars: Grammars) -> list[T
     for tool in tools:
         found = fault(tool)
         if found is not None and tool.strict:
-            raise found
+            with _named("tools"):
+                raise found
         if found is not None:
             tool = replace(tool, parameters=_loosened(tool.parameters))
             if not tool.parameters["properties"] and tool.parameters["additionalProperties"] or fault(tool):

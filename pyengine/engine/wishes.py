@@ -61,6 +61,11 @@ class Wishes:
 
         return shape(self.format, self.regex, self.grammar)
 
+    @property
+    def shaped_by(self) -> str:
+        """The name of what gives `shape`: "format", "regex" or "grammar"."""
+        return next(name for name in SHAPES if getattr(self, name) is not None)
+
     def after_calls(self) -> Wishes:
         """Return what is asked when a call has been made: the model decides whether another one is needed."""
         return self if self.tool_choice == "none" else replace(self, tool_choice="auto")

@@ -110,6 +110,8 @@ class _Chat(Interface):
         messages = fields.items("messages")
         if fields.values.get("json_schema") is not None:
             self.names = {**self.names, "format": "json_schema"}
+        elif isinstance(of := fields.values.get("response_format"), dict) and of.get("type") == "json_object":
+            self.names = {**self.names, "format": "response_format.schema"}
         if fields.values.get("think") is not None:
             self.names = {ours: theirs for ours, theirs in self.names.items() if ours not in ("think", replies.OFF)}
         if not messages:

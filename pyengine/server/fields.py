@@ -96,11 +96,11 @@ class Fields:
         """Return the settings that are there, under our names for theirs."""
         return {names[theirs]: value for theirs, value in self.values.items() if theirs in names and value is not None}
 
-    def refuse(self, names: Mapping[str, str], harmless: Collection[Any] = (False, 0, "", "auto", "none")) -> None:
+    def refuse(self, names: Mapping[str, str], harmless: Collection[Any] = (False, 0, "", "auto", "none", [], {})) -> None:
         """Refuse fields that ask for what is not here, unless their value asks for nothing. `names` says why."""
         for name, why in names.items():
             value = self.values.get(name)
-            if value is not None and value not in ([], {}) and not any(value is h or type(value) is type(h) and value == h for h in harmless):
+            if value is not None and not any(value is h or type(value) is type(h) and value == h for h in harmless):
                 raise FieldError(self.within + name, why)
 
 

@@ -21,6 +21,7 @@ from pyengine.server.openai import failed
 from pyengine.server.streams import encoded, event, Script, SSE, Stream
 
 MOST_FILES = 256                     # of input_extra
+_NAMES = {"format": "json_schema"}
 _NOT_HERE = {"n_probs": "give logprobs to /v1/completions", "post_sampling_probs": "there are none of them", "return_tokens": "the tokens are not given back",
              "samplers": "the order of the sampler's steps is fixed", "t_max_predict_ms": "there is no such limit of one request",
              "multimodal_data": "give pictures to /v1/chat/completions", "image_data": "give pictures to /v1/chat/completions"}
@@ -143,7 +144,7 @@ def _files(extra: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 def _settings(fields: Fields) -> dict[str, Any]:
-    fields.refuse(_NOT_HERE, harmless=(False, 0, -1, ""))
+    fields.refuse(_NOT_HERE, harmless=(False, 0, -1, "", [], {}))
     wanted = replies.sampling(fields)
     if isinstance(wanted.get("seed"), int) and wanted["seed"] in (-1, 2**32 - 1):
         del wanted["seed"]                                   # another one each time
@@ -155,7 +156,7 @@ def _settings(fields: Fields) -> dict[str, Any]:
 async def _answer(request: Request, fields: Fields, served: Served, prompt: Any) -> Response:
     """Continue a prompt, at once or as server-sent events."""
     wanted, client, stream = _settings(fields), replies.client_of(request), fields.flag("stream")
-    handle = await replies.submit(lambda: served.submit(client, prompt=prompt, **wanted))
+    handle = await replies.submit(lambda: served.submit(client, prompt=prompt, **wanted), _NAMES)
     if stream:
         return Stream(_Events(handle, served), [handle], SSE)
     await replies.finished(request, [handle])

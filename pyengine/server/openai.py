@@ -24,7 +24,8 @@ MOST_CHOICES = 16
 MOST_LOGPROBS = 20                   # OpenAI's limit
 _DONE = "data: [DONE]\n\n"
 
-_NOT_HERE = {"functions": "give them as tools", "function_call": "give it as tool_choice", "audio": "no model here speaks", "web_search_options": "there is no web search", "prediction": "predicted outputs are not supported"}
+_NOT_HERE = {"functions": "give them as tools", "function_call": "give it as tool_choice", "audio": "no model here speaks", "prediction": "predicted outputs are not supported"}
+_SEARCHES = {"web_search_options": "there is no web search"}        # asked for by an empty object too
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "invalid_request_error", 500: "server_error",
           503: "server_error"}
 
@@ -53,6 +54,7 @@ class Interface(Script):
         fields = await replies.read(request)
         self.served = await replies.using(request, self.models, fields.text("model", None))
         fields.refuse(_NOT_HERE)
+        fields.refuse(_SEARCHES, harmless=())
         n, stream = fields.whole("n", 1, 1, MOST_CHOICES), fields.flag("stream")
         self.usage = Fields(fields.object("stream_options", {})).flag("include_usage")
         wanted = self._request(fields)

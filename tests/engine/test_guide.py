@@ -131,8 +131,9 @@ def test_names_of_rules_are_the_users_own(qwen) -> None:
     ({"regex": "(a"}, "unclosed group"), ({"regex": ""}, "regex: is empty"), ({"grammar": "start: nothing"}, "unknown name"),
     ({"grammar": "root ::= ("}, "GBNF"), ({"format": "json", "regex": "a"}, "format and regex: give one of them"), ({"regex": b"a"}, "regex: must be a text")])
 def test_forms_that_cannot_be_are_refused(qwen, form: dict[str, Any], said: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(said)):
+    with pytest.raises(RequestError, match=re.escape(said)) as raised:
         qwen.chat(ASKED, **form)
+    assert re.match(f"{' and '.join(form)}[.\\w]*: ", str(raised.value))         # which of them it is
 
 
 def test_blanks_have_a_bound(qwen) -> None:
@@ -192,10 +193,10 @@ def test_what_no_grammar_holds_is_held_as_far_as_it_can(qwen, tokenizer) -> None
     said = qwen.chat(ASKED, tools=tools, temperature=0, max_tokens=60)         # not refused
     assert said or said.tool_calls
     for asked in ({"tool_choice": "required"}, {"tool_choice": "odd"}):
-        with pytest.raises(RequestError, match="'uniqueItems' at properties.tags.uniqueItems"):
+        with pytest.raises(RequestError, match="^tools: .*'uniqueItems' at properties.tags.uniqueItems"):
             qwen.chat(ASKED, tools=tools, **asked)
     strict = [{"type": "function", "function": {**tools[0]["function"], "strict": True}}]
-    with pytest.raises(RequestError, match="uniqueItems"):
+    with pytest.raises(RequestError, match="^tools: .*uniqueItems"):
         qwen.chat(ASKED, tools=strict)
     held = _holdable(find(HERMES, lambda text: False), read_tools(tools), compiler(tokenizer))
     assert held[1] == read_tools(tools)[1] and dict(held[0].parameters)["properties"] == {"tags": {"type": "array"}, "n": {"type": "integer"}}

@@ -70,6 +70,7 @@ def test_a_template_is_applied(client, model) -> None:
     ("/completion", {"prompt": None}, "prompt: must be a text"), ("/completion", {"prompt": [True]}, "prompt: must be a text"),
     ("/completion", {"n_probs": 3}, "n_probs: give logprobs to /v1/completions"), ("/completion", {"mirostat": 3}, "mirostat: must be"),
     ("/completion", {"dry_sequence_breakers": "x"}, "dry_sequence_breakers: must be a list"), ("/completion", {"samplers": ["top_k"]}, "order"),
+    ("/completion", {"json_schema": {"type": "strin"}}, "json_schema.type: 'strin'"), ("/completion", {"regex": "(("}, "regex: the grammar is refused"),
     ("/completion", {"n_predict": "a"}, "n_predict"), ("/infill", {"input_prefix": "a"}, "not made to fill in the middle"),
     ("/infill", {"input_prefix": 5}, "input_prefix: must be a text"), ("/infill", {"input_extra": [{"text": 5}]}, "input_extra[0]"),
     ("/tokenize", {}, "content: is missing"), ("/detokenize", {"tokens": [10**9]}, "not in the vocabulary"), ("/detokenize", {"tokens": [1.5]}, "must be an int")])

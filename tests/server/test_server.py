@@ -188,6 +188,12 @@ def test_models_are_listed(client, served) -> None:
     ({"chat_template_kwargs": 5}, 400, "must be an object", "chat_template_kwargs"),
     ({"stream": "yes"}, 400, "stream: must be true or false", "stream"),
     ({"modalities": [{"a": 1}]}, 400, "only text comes out", "modalities"),
+    ({"web_search_options": {}}, 400, "there is no web search", "web_search_options"),     # how it is asked for
+    ({"regex": "(("}, 400, "regex: the grammar is refused: unclosed group", "regex"),
+    ({"grammar": "start: nothing"}, 400, "grammar: the grammar is refused", "grammar"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}}}, 400, "cannot be enforced", "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_object", "schema": {"type": "strin"}}}, 400, "'strin'", "response_format.schema.type"),
+    ({"json_schema": {"type": "strin"}}, 400, "'strin'", "json_schema.type"),
 ])
 def test_what_cannot_be_done_is_refused(client, name, change: dict, status: int, part: str, field: str | None) -> None:
     response = client.post("/v1/chat/completions", json={"model": name, "messages": MESSAGES, "max_tokens": 2, **change})
