@@ -108,8 +108,10 @@ class ModelLayout:
     def _sizes(self, n_ctx: int) -> Sizes:
         """Decide all sizes; the encoder is laid out for the largest picture on the way."""
         want, c = self.want, self.bound.model.config
-        heads = [head_dim for _, head_dim in (*self.bound.model.cache_shapes(), *(self.bound.ahead.own if self.bound.ahead else ()))]
+        heads = [head_dim for _, head_dim in self.bound.model.cache_shapes()]
         k, v = check_heads(want.kv_dtype, heads)
+        ahead = self._ahead(k, v)
+        heads += [head_dim for _, head_dim in self.bound.ahead.own] if ahead else []
         for name in filter(is_card, self.places):
             own = self._backend_of(name)
             for what, most, n in (("attention there takes heads of {} elements", own.widest, max(heads, default=0)),
@@ -122,7 +124,7 @@ class ModelLayout:
             across = self._encoder_rows(image, n_ctx, c.n_kv_heads * (k.size(c.head_dim) + v.size(c.head_dim)))
             runs[image.kind], self.encoder = self._largest_run(image, n_ctx)
         sizes = Sizes(n_ctx, n_batch, want.n_seq, n_head, k, v, runs, across, self._n_tokens(), compressed=self._compressed(),
-                      atomic_rows=self.bound.atomic_rows, drafted=self._states(n_batch), ahead=self._ahead(k))
+                      atomic_rows=self.bound.atomic_rows, drafted=self._states(n_batch), ahead=ahead)
         if self.bound.source is None:
             return sizes
         sizes = sizes.with_(across=n_ctx, source=n_ctx)
@@ -135,7 +137,7 @@ class ModelLayout:
             return 0
         return min(most_drafted(None if self.want.speculate is True else self.want.speculate, DRAFTED), n_batch - 1)
 
-    def _ahead(self, k: DType) -> bool:
+    def _ahead(self, k: DType, v: DType) -> bool:
         """Say whether the step has the model's head that predicts further tokens: where it may draft, and nothing else keeps it from it."""
         drafts = self.bound.drafts or self.bound.draft is not None                   # the one of both that does is a small model
         if most_drafted(self.want.speculate, 1) == 0 or drafts:
@@ -144,7 +146,8 @@ class ModelLayout:
             self.notes += [self.bound.model.without] * bool(self.bound.model.without)
             return False
         why = ("adapters would have to change it" if self.bound.adapters else "conversations are compressed" if self.want.compress is not None else
-               "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else "")
+               "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else
+               f"its heads are no whole blocks of kv_dtype={self.want.kv_dtype}" if any(n % dtype.block for dtype in (k, v) for _, n in self.bound.ahead.own) else "")
         if why:
             self.notes.append(f"the head that predicts further tokens is left out: {why}")
         return not why

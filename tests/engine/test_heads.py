@@ -282,6 +282,17 @@ def test_a_head_beside_a_model_is_left_out_where_nothing_drafts(made, kind: str)
     assert not left._scheduler.speculation.source and "head that predicts further tokens is left out: conversations are compressed" in left.plan.table()
 
 
+@pytest.mark.parametrize("kv_dtype, why", [("q8_0", "its heads are no whole blocks of kv_dtype=q8_0"), ("kivi4", "keys are kept by channel")])
+def test_a_head_whose_keys_have_no_place_in_the_cache_is_left_out(tiny_gguf, tmp_path, kv_dtype: str, why: str) -> None:
+    """The model's heads have 32 elements, which are a block, and the head's 16."""
+    pair = heads.BESIDE["eagle3"].make(lambda kind, **config: tiny_gguf(kind, **config, head_dim=32), tmp_path)
+    settings = {**SETTINGS, "kv_dtype": kv_dtype}
+    left, plain = pe.load(pair.path, **settings, draft=pair.draft), pe.load(pair.path, **settings, speculate=False)
+    assert not left._scheduler.speculation.source and f"head that predicts further tokens is left out: {why}" in left.plan.table()
+    assert told(left.generate(ids(40), **asked(0))) == told(plain.generate(ids(40), **asked(0)))
+    assert "left out" not in pe.plan(pair.path, **settings, draft=pair.draft, speculate=False).table()
+
+
 @pytest.mark.parametrize("kind", BESIDE)
 def test_conversations_are_saved_without_what_a_head_beside_a_model_read(made, eager, tmp_path, kind: str) -> None:
     pair, text = made(kind), ids(60)
