@@ -40,17 +40,24 @@ __device__ __forceinline__ void add_tile(const Job &w, const char *v, const Rows
   }
 }
 
+/* Read the intervals of the warp's queries; not kept while there are better uses for registers, but read once more. */
+__device__ __forceinline__ void see(const Job &w, Rows &rows) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) rows.seen[r] = area<Interval>(w.at.rows)[16 * warp_of() + lane_of() / 4 + 8 * r];
+}
+
 /* The warp's queries see a tile. */
 template <int N>
 __device__ __forceinline__ void attend_tile(const Job &w, const Unit &u, int tile, const char *k, const char *v, Rows &rows, float (&acc)[N][4][4],
                                             float (&sums)[4]) {
   float s[GROUPS][4], peak[2], factor[2];
-#pragma unroll
-  for (int r = 0; r < 2; r++) rows.seen[r] = area<Interval>(w.at.rows)[16 * warp_of() + lane_of() / 4 + 8 * r]; /* not kept: registers */
+  see(w, rows);
   if (!__any_sync(0xffffffffu, meets(rows.seen[0], tile * TILE_KEYS, TILE_KEYS) || meets(rows.seen[1], tile * TILE_KEYS, TILE_KEYS)))
     return;
   if (w.k_form == BLOCKS) scores_of_codes<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, UnpackedKeys(w), 0, s);
   else scores_of_halves<GROUPS>(w, 16 * warp_of(), blockDim.x / 2, k, 0, s);
+  asm volatile("" ::: "memory");                           /* else the compiler keeps what was read */
+  see(w, rows);
   if (w.bias) add_bias<GROUPS>(w, u, 16 * warp_of(), tile * TILE_KEYS, s);
   to_logits<GROUPS>(w.softcap, rows, tile * TILE_KEYS, s, peak);
 #pragma unroll
