@@ -406,7 +406,7 @@ class StepProgram:
         self._kept = []
         for part in work:
             s, n = part.conversation, part.stop - part.start
-            rows = n - 1 - min(part.drafted, n - 1) + np.arange(min(part.drafted, n - 1) + 1)                # those that may be the last one
+            rows = np.arange(n - 1 - min(part.drafted, n - 1), n)              # those that may be the last one
             if self.step.ahead.own:
                 begins = int(len(s) == 0)
                 h, p = self._follow(s, m, n, begins, h, p)

@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from device_kernels import DeviceKernels
-from test_attention import ALL_FLOATS, ALL_HALVES, border
 from test_groups import (  # noqa: F401
     test_attention_to_groups, test_declared_cases_of_plain_numbers, test_groups_have_the_bytes_of_the_reference,
     test_groups_that_are_none_are_refused, test_merged_parts_are_one_softmax, test_sums_of_what_groups_get, test_wide_heads_in_several_chunks,
 )
-
-from pyengine.backends import backend
-
-
-@pytest.fixture(scope="module", params=[ALL_FLOATS, ALL_HALVES], ids=["floats", "halves"])
-def kernels(request: pytest.FixtureRequest, cuda_device: str) -> Iterator[DeviceKernels]:
-    """Kernels of the device that is tested; which keys are for halves is read when one runs."""
-    own = backend(cuda_device)
-    with border(request.param):
-        yield DeviceKernels(own.own, own.index)
+from test_sums import kernels  # noqa: F401
