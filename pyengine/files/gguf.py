@@ -252,6 +252,10 @@ class Metadata(Mapping[str, Any]):
         """Return the name that `key` has in the file, for messages."""
         return self._own.get(key, key)
 
+    def place(self, key: str) -> str:
+        """Return where `key` stands, for messages: the file, and the name that it has there."""
+        return f"{self._path}: {self.own_name(key)}"
+
     def need(self, key: str, *kinds: type) -> Any:
         """Return the value of `key`, which must be one of `kinds` where any are given.
 

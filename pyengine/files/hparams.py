@@ -23,8 +23,8 @@ class Hparams:
         return f"{self.arch}.{name}" in self._meta
 
     def key(self, name: str) -> str:
-        """Return the whole key as it stands in the file, for messages."""
-        return self._meta.own_name(f"{self.arch}.{name}")
+        """Return the file and the whole key as it stands there, for messages."""
+        return self._meta.place(f"{self.arch}.{name}")
 
     def need(self, name: str, *kinds: type) -> Any:
         """Return the value of a key that must be there. Raises: InvalidModelError."""
@@ -34,8 +34,8 @@ class Hparams:
         """Return the value of a key, or the architecture's documented constant."""
         return self._meta.get(f"{self.arch}.{name}", default, *kinds)
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """Return a count or width: an int from 1 to 2^31 - 1.
+    def size(self, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        """Return a count or width: an int from 1 to `most`.
 
         Raises: InvalidModelError for numbers outside, UnsupportedModelError for a value per layer where layers differ.
         """
@@ -44,8 +44,8 @@ class Hparams:
             if len(set(value.tolist())) != 1:
                 raise UnsupportedModelError(f"{self.key(name)} differs from layer to layer, which this architecture does not support here")
             value = int(value[0])
-        if not 1 <= value < 2**31:
-            raise InvalidModelError(f"{self.key(name)} is {value}, which is no possible size")
+        if not 1 <= value <= most:
+            raise InvalidModelError(f"{self.key(name)} is {value}, which is no possible size: 1 to {most:,} are")
         return value
 
     def window(self) -> int:
@@ -56,11 +56,13 @@ class Hparams:
         value = self.get("attention.sliding_window", 0, int)
         return value if 0 < value < 2**31 - 1 else 0
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a finite float."""
+    def number(self, name: str, default: float | None = None, *, least: float | None = None, above: float | None = None) -> float:
+        """Return a finite float, `least` or more, and more than `above`. Raises: InvalidModelError for others."""
         value = self.need(name, float) if default is None else self.get(name, default, float)
         if not np.isfinite(value):
             raise InvalidModelError(f"{self.key(name)} is {value}, which is no number")
+        if least is not None and value < least or above is not None and value <= above:
+            raise InvalidModelError(f"{self.key(name)} is {value}: must be {f'above {above:g}' if above is not None else f'{least:g} or more'}")
         return float(value)
 
     def refuse(self, **features: str) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,8 @@ def files_of(sources: Iterable[Any]) -> list[GGUFFile]:
 class _Names:
     """What all scopes of one model share: where each tensor is, which scopes exist, and what has been bound."""
 
-    def __init__(self, files: tuple[GGUFFile, ...]):
+    def __init__(self, files: tuple[GGUFFile, ...], own: Mapping[str, str]):
+        self.own = own
         self.sources: dict[str, GGUFFile] = {}
         for file in files:
             for name in file.tensors:
@@ -119,12 +121,17 @@ class _Names:
         self.bound: set[str] = set()
         self.paths = ", ".join(str(file.path) for file in files)
 
+    def told(self, name: str) -> str:
+        """Return a tensor's or a scope's name as messages have it."""
+        return next((file + name.removeprefix(ours) for ours, file in self.own.items() if name.startswith(ours)), name)
+
 
 class Weights:
     """The tensors of one or more GGUF files (text and projector, say) below a prefix of their names."""
 
-    def __init__(self, *files: GGUFFile):
-        self._names, self.prefix = _Names(files), ""
+    def __init__(self, *files: GGUFFile, own: Mapping[str, str] = MappingProxyType({})):
+        """Keep the files. own: what names begin with that are others in the files, and what they begin with there, for messages."""
+        self._names, self.prefix = _Names(files, own), ""
 
     def __getitem__(self, path: str | int | tuple[str | int, ...]) -> Weights:
         """Return the scope below: `w["blk", 3]` is everything named "blk.3...". It may be empty."""
@@ -137,8 +144,10 @@ class Weights:
         name = self.prefix + _dotted(path)
         return name in self._names.sources or name in self._names.scopes
 
-    def __repr__(self) -> str:
-        return f"Weights({self.prefix!r})"
+    @property
+    def place(self) -> str:
+        """Where this scope is, for messages: its files, and what its names begin with there."""
+        return f"{self._names.paths}: {self._names.told(self.prefix)}".rstrip(". :")
 
     def first(self, *paths: str | int | tuple[str | int, ...]) -> Weights:
         """Return the first of these scopes that has tensors: `w.first("output", "token_embd")` for tied embeddings.
@@ -149,7 +158,7 @@ class Weights:
             if path in self:
                 return self[path]
         raise InvalidModelError(f"{self._names.paths}: no tensor below any of "
-                                f"{', '.join(repr(self.prefix + _dotted(path)) for path in paths)}")
+                                f"{', '.join(repr(self._names.told(self.prefix + _dotted(path))) for path in paths)}")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> WeightRef:
         """Bind the tensor `name` of this scope, which must have this shape (slowest axis first).
@@ -160,8 +169,8 @@ class Weights:
         full = self.prefix + name
         file = self._names.sources.get(full)
         if file is None:
-            raise InvalidModelError(f"{self._names.paths}: tensor {full!r}: is missing"
-                                    f"{nearest(full, self._names.sources)}")
+            told = self._names.told(full)
+            raise InvalidModelError(f"{self._names.paths}: tensor {told!r}: is missing{nearest(told, map(self._names.told, self._names.sources))}")
         info = file.tensors[full]
         if _significant(info.shape) != _significant(shape):
             raise InvalidModelError(f"{file.paths[info.part]}: tensor {info.name!r}: has shape {info.shape}, and the model "

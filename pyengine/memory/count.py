@@ -28,13 +28,15 @@ CONTEXT_BYTES = 512 * MIB
 
 STEP_KINDS = "layers", "experts of layers", "embedding, head and norms", "adapters of layers"
 SOURCE_KINDS = ("encoder's layers",) * 2 + ("encoder's embedding and norms",)
+OF_HEAD = "the head that predicts further tokens"
 ENCODER_KINDS = ("weights of layers, from the first picture on",) * 2 + ("weights of patches, norms and projector",)
 
 
-def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Sequence[str], program: str = "step") -> list[PlanItem]:
+def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Sequence[str], program: str = "step",
+            n_own: int | None = None) -> list[PlanItem]:
     """Count weights by layer, and by whether they are copied or read where the file is mapped.
 
-    kinds: what to call those of layers, of their experts, the rest, and adapters.
+    kinds: what to call those of layers, of their experts, the rest, and adapters. n_own: layers from this number on are of a head.
     """
     groups: dict[tuple[bool, int, int], list[tuple[str, int]]] = {}
     for r in residents:
@@ -42,7 +44,8 @@ def weights(residents: Iterable[Resident], device: str, purpose: str, kinds: Seq
         part = r.name or "computed constant", r.nbytes if mapped else r.held
         kind = 2 if layer is None else 3 if r.name.endswith((A, B)) else int(r.sparse)
         groups.setdefault((mapped, -1 if layer is None else layer, kind), []).append(part)
-    return [PlanItem.sum(device, "mapped" if mapped else purpose, kinds[kind], parts, None if kind == 2 else layer, program)
+    return [PlanItem.sum(device, "mapped" if mapped else purpose, OF_HEAD if n_own is not None and layer >= n_own else kinds[kind], parts,
+                         None if kind == 2 else layer, program)
             for (mapped, layer, kind), parts in sorted(groups.items(), key=lambda g: g[0])]
 
 
@@ -58,7 +61,7 @@ def caches(step: Step, device: str, layers: Iterable[int]) -> list[PlanItem]:
                 factors = [("states", own.n_cells), ("bytes", own.policy.nbytes)]
             else:
                 factors = [("heads", heads), ("cells", own.share), (f"bytes ({k} of a key, {v} of a value)", k + v)]
-            times = f"{s.n_seq} x " if s.n_seq > 1 else ""
+            times = (f"{OF_HEAD}: " if layer >= step.n_own else "") + (f"{s.n_seq} x " if s.n_seq > 1 else "")
             items.append(PlanItem.product(device, "kv", times + own.policy.about(own.slots), factors, layer))
             for part in step.parts.get(step.layers[i], ()):
                 full, (k, v) = step.groups[part], (dtype.size(head_dim) for dtype in step.formats(part))

@@ -89,11 +89,12 @@ def most_conversations(m: ModelLayout, limit: int) -> int | None:
 
 
 def headrooms(m: ModelLayout, total: int, overhead: int) -> Iterator[Headroom]:
-    """Say for each device of the machine how many layers, the last ones first, fit beside the head and an arena."""
-    layered = [0] * m.step.n_layers
+    """Say for each device of the machine how many layers, the last ones first, fit beside the output head and an arena. The head that predicts
+    further tokens is not counted: it is left out where layers are on several devices."""
+    layered = [0] * m.step.n_own
     mine = [i for i in m.items if i.program == "step" and i.purpose in ("weights", "mapped", "kv", "arena")]
     for i in mine:
-        if i.layer is not None:
+        if i.layer is not None and i.layer < len(layered):
             layered[i.layer] += i.nbytes
     everything = total - overhead + m.of_purposes("mapped")
     rest = sum(i.nbytes for i in mine if i.layer is None)
@@ -115,7 +116,7 @@ def plan_of(m: ModelLayout) -> MemoryPlan:
     in_place = [IN_PLACE.format(amount(m.of_purposes("mapped")))] if m.want.mmap else []
     notes = (*m.notes, *beside, *in_place, *compression_notes(m), *([f"{m.place} has no kernel for {said(fallbacks)}: the NumPy reference computes them, slowly"] if fallbacks else []))
     made = MemoryPlan(m.bound.files.name, m.sizes.n_ctx, m.sizes.n_batch, m.want.kv_dtype, tuple(i for i in m.items if i.nbytes),
-                      m.free, m.sizes.n_seq, m.step.n_layers, max(m.sizes.runs.values(), default=0),
+                      m.free, m.sizes.n_seq, m.step.n_own, max(m.sizes.runs.values(), default=0),
                       cache(lambda: (largest_context(m), most_conversations(m, limit)) if whole else (None, None)), limit, notes=notes,
                       n_ctx_train=m.bound.n_ctx_train, decoding=MAX_DECODING if m.encoder else 0)
     return replace(made, rooms=tuple(headrooms(m, made.total, made.of("overhead"))))

@@ -142,8 +142,9 @@ class ModelLayout:
         drafts = self.bound.drafts or self.bound.draft is not None                   # the one of both that does is a small model
         if most_drafted(self.want.speculate, 1) == 0 or drafts:
             return False
+        if self.bound.head is None and self.bound.model.without:
+            self.notes.append(self.bound.model.without)
         if self.bound.ahead is None:
-            self.notes += [self.bound.model.without] * bool(self.bound.model.without)
             return False
         why = ("adapters would have to change it" if self.bound.adapters else "conversations are compressed" if self.want.compress is not None else
                "keys are kept by channel" if k.by_channel else "layers are on several devices" if self.want.parts else
@@ -267,7 +268,7 @@ class ModelLayout:
     def _step_items(self, program: str = "step") -> list[PlanItem]:
         items: list[PlanItem] = []
         for device, prepared, layers in self.stages:
-            items += count.weights(prepared.residents.values(), device, "weights", count.STEP_KINDS)
+            items += count.weights(prepared.residents.values(), device, "weights", count.STEP_KINDS, n_own=self.step.n_own)
             caches = count.caches(self.step, device, layers)
             items += [*caches, count.lasting(prepared, device, caches), count.arena(prepared, device, self.step)]
             items += count.transferred(prepared, device, self.main, program)

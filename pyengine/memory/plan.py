@@ -185,8 +185,8 @@ class MemoryPlan:
         groups: dict[tuple[str, str, str], list[PlanItem]] = {}
         for i in self.items:
             groups.setdefault((i.device, i.purpose, i.detail), []).append(i)
-        return [(*where, sum(i.nbytes for i in same), detail + (f" ({len(same)} layers)" if same[0].layer is not None else ""))
-                for (*where, detail), same in groups.items()]
+        return [(*where, sum(i.nbytes for i in same), detail + (f" ({n} layer{'s' * (n > 1)})" if same[0].layer is not None else ""))
+                for (*where, detail), same in groups.items() for n in [len({i.layer for i in same})]]
 
     def table(self) -> str:
         """Format the plan as text: whether it fits, one line a purpose, then what else would fit and where."""

@@ -10,6 +10,8 @@ from pyengine.errors import UnsupportedModelError
 from pyengine.models.architecture import Architecture, Towers
 from pyengine.nn.ahead import Ahead
 
+LAYERS, HEAD_LAYERS = "blk", "ahead"                         # what names of a decoder's layers begin with; those of a head beside it
+
 
 def architectures() -> list[str]:
     """List the modules of the decoders that can be run; a hyphen of a file's name is an underscore there."""
@@ -33,7 +35,7 @@ def head_class(name: str) -> type[Ahead]:
 
 def head_names(names: Iterable[str]) -> dict[str, str]:
     """Return other names of a head's layers, "ahead.0" for "blk.0": they are none of the decoder's."""
-    return {name: f"ahead.{name.removeprefix('blk.')}" for name in names if name.startswith("blk.")}
+    return {name: HEAD_LAYERS + name.removeprefix(LAYERS) for name in names if name.startswith(f"{LAYERS}.")}
 
 
 def model_class(name: str) -> type[Architecture] | type[Towers]:

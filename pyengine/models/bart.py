@@ -45,7 +45,7 @@ class Config(DecoderConfig):
         n_heads, d_ff = h.size("attention.head_count"), h.size("feed_forward_length")
         decoder_heads = h.size("decoder_attention_head_count", n_heads)
         if d_model % n_heads or d_model % decoder_heads:
-            raise InvalidModelError(f"{h.arch}: {n_heads} and {decoder_heads} heads do not divide a width of {d_model}")
+            raise InvalidModelError(f"{h.key('attention.head_count')}: {n_heads} and {decoder_heads} heads do not divide a width of {d_model}")
         return cls(
             n_layers=h.size("decoder_block_count", n_layers),
             d_model=d_model,
@@ -55,7 +55,7 @@ class Config(DecoderConfig):
             head_dim=d_model // decoder_heads,
             vocab_size=vocab_size(w),
             n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_epsilon"),
+            eps=h.number("attention.layer_norm_epsilon", above=0.0),
             n_encoder_layers=n_layers,
             n_encoder_heads=n_heads,
             d_encoder_ff=d_ff,

@@ -27,7 +27,8 @@ from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.decoder import common, DecoderConfig, per_layer
 from pyengine.nn.encoder import (
-    by_table, cut_patches, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, resample_filter, special_token)
+    by_table, cut_patches, EncoderAttention, EncoderFeedForward, levels, mean_and_std, only_pictures, PIXELS, resample_filter,
+    special_token)
 from pyengine.nn.layers import ACTIVATIONS, constant, Embedding, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 from pyengine.nn.rope import plain_rope, Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -132,19 +133,19 @@ class VisionConfig:
     @classmethod
     def read(cls, v: Hparams) -> VisionConfig:
         """Read "clip.vision.*". Defaults are those of llama.cpp's files: `Gemma3ImageProcessor`, `Gemma3Processor`, pooling by 4 x 4."""
-        side = v.size("vision.image_size") // v.size("vision.patch_size")
+        side = v.size("vision.image_size", most=PIXELS) // v.size("vision.patch_size")
         pool = v.size("vision.projector.scale_factor", 4)
         mean, std = mean_and_std(v, HALF, HALF)
         act = v.get("vision.hidden_act", "gelu_pytorch_tanh", str)
         if act not in ACTIVATIONS:
-            raise InvalidModelError(f"clip.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
+            raise InvalidModelError(f"{v.key('vision.hidden_act')} is {act!r}; known are {', '.join(ACTIVATIONS)}")
         return cls(
-            image_size=v.size("vision.image_size"),
+            image_size=v.size("vision.image_size", most=PIXELS),
             patch_size=v.size("vision.patch_size"),
             n_layers=v.size("vision.block_count"),
             width=v.size("vision.embedding_length"),
             n_heads=v.size("vision.attention.head_count"),
-            eps=v.number("vision.attention.layer_norm_epsilon"),
+            eps=v.number("vision.attention.layer_norm_epsilon", above=0.0),
             act=ACTIVATIONS[act],
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
@@ -199,11 +200,11 @@ class Vision(Encoder):
         h, v, w, token = files
         c = self.config = VisionConfig.read(v)
         if c.width % c.n_heads:
-            raise InvalidModelError(f"clip.vision.attention.head_count is {c.n_heads}, which does not divide {c.width}")
+            raise InvalidModelError(f"{v.key('vision.attention.head_count')} is {c.n_heads}, which does not divide {c.width}")
         side, tokens = c.image_size // c.patch_size, math.isqrt(c.n_tokens)
         self.pool = side // tokens if tokens else 0
         if not self.pool or tokens * tokens != c.n_tokens or (side - self.pool) // self.pool + 1 != tokens:
-            raise InvalidModelError(f"clip.vision: {side} x {side} patches cannot be pooled to {c.n_tokens} soft tokens")
+            raise InvalidModelError(f"{v.key('vision')}: {side} x {side} patches cannot be pooled to {c.n_tokens} soft tokens")
         self.start, self.end = (special_token(v, f"image_{name}", token, f"<{name}_of_image>") for name in ("start", "end"))
         self.markers = {"image": (self.start,)}
         self.atomic_rows = c.n_tokens
@@ -297,7 +298,7 @@ class Model(Architecture):
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
-        self.rope_local = plain_rope(h.number("rope.freq_base_swa", LOCAL_ROPE_BASE), c.head_dim)
+        self.rope_local = plain_rope(h.number("rope.freq_base_swa", LOCAL_ROPE_BASE, above=0.0), c.head_dim)
 
     @classmethod
     def encoders(cls, files: EncoderFiles) -> dict[str, Encoder]:

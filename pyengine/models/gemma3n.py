@@ -66,7 +66,7 @@ class Config(DecoderConfig):
         cutoffs = h.need("activation_sparsity_scale", np.ndarray)
         streams, active, shape = h.size("altup.num_inputs"), h.need("altup.active_idx", int), w["blk", 0, "laurel_l"].shape("weight")
         if not 0 <= n_shared < n or len(cutoffs) != n or not 0 <= active < streams or streams < 2 or shape is None or len(shape) != 2:
-            raise InvalidModelError(f"{h.arch}: {n_shared} of {n} layers share caches, {len(cutoffs)} have a sparsity, stream {active} of {streams} "
+            raise InvalidModelError(f"{h.key('attention.shared_kv_layers')}: {n_shared} of {n} layers share caches, {len(cutoffs)} have a sparsity, stream {active} of {streams} "
                                     f"is active, and laurel_l has shape {shape}: no such model can be")
         return cls(
             **numbers,
@@ -182,7 +182,7 @@ class Model(Architecture):
         self.norm = RMSNorm(w["output_norm"], c.d_model, c.eps)
         self.head = Linear(w.first("output", "token_embd"), c.d_model, c.vocab_size)    # tied if absent
         self.rope = rope(h, w, c.head_dim, interleaved=False)
-        base = h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
+        base = h.number("rope.freq_base_swa", LOCAL_ROPE_BASE, above=0.0)
         self.rope_local = Rope((1 / base ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / np.float32(c.head_dim))).astype(np.float32), 1.0, False)
 
     @classmethod

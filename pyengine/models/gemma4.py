@@ -39,7 +39,7 @@ from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
-from pyengine.nn.decoder import DecoderConfig, last_of_kind, per_layer, sizes, vocab_size
+from pyengine.nn.decoder import DecoderConfig, last_of_kind, per_layer, sizes, used_experts, vocab_size
 from pyengine.nn.encoder import by_table, head_count, known_activation, n_layers, resample_filter, special_token, whole_option
 from pyengine.nn.layers import ClippedLinear, constant, Embedding, Experts, Linear, mlp_width, PatchEmbedding, RMSNorm, scalar
 from pyengine.nn.per_layer import PerLayerEmbedding, PerLayerGate
@@ -89,7 +89,7 @@ class Config(DecoderConfig):
         return cls(
             n_layers=n_layers, d_model=h.size("embedding_length"), d_ff=max(widths), n_heads=h.size("attention.head_count"),
             n_kv_heads=max(kv_heads), head_dim=max(head_dims.values()), vocab_size=vocab_size(w), n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
+            eps=h.number("attention.layer_norm_rms_epsilon", above=0.0),
             window=h.need("attention.sliding_window", int) and h.window(),
             sliding=sliding,
             heads=heads,
@@ -97,7 +97,7 @@ class Config(DecoderConfig):
             widths=widths,
             d_own=h.get("embedding_length_per_layer_input", 0, int),
             n_experts=n_experts,
-            n_used=h.size("expert_used_count") if n_experts else 0,
+            n_used=used_experts(h) if n_experts else 0,
             d_expert=h.size("expert_feed_forward_length") if n_experts else 0,
             final_softcap=h.number("final_logit_softcapping", 0.0),
         )
@@ -106,7 +106,7 @@ class Config(DecoderConfig):
 def rotations(h: Hparams, w: Weights, c: Config) -> tuple[Rotary, Rope]:
     """Read the rotary embeddings of global and of sliding layers. Raises: InvalidModelError."""
     sizes_of = dict(zip(c.sliding, (head_dim for _, head_dim in c.heads)))
-    n_rot, base = h.size("rope.dimension_count_swa", sizes_of.get(True, c.head_dim)), h.number("rope.freq_base_swa", LOCAL_ROPE_BASE)
+    n_rot, base = h.size("rope.dimension_count_swa", sizes_of.get(True, c.head_dim)), h.number("rope.freq_base_swa", LOCAL_ROPE_BASE, above=0.0)
     if n_rot % 2 or n_rot > sizes_of.get(True, n_rot):
         raise InvalidModelError(f"{h.key('rope.dimension_count_swa')} is {n_rot}, but a head has {sizes_of[True]} elements")
     local = Rope((1 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))).astype(np.float32), 1.0, False)
@@ -231,15 +231,15 @@ class VisionConfig:
         for name, usual in (("max_soft_tokens", BUDGET), ("video_max_soft_tokens", VIDEO_BUDGET)):
             budgets[name] = v.size(f"vision.{name}", usual)
             if budgets[name] not in BUDGETS:
-                raise InvalidModelError(f"{v.arch}.vision.{name} is {budgets[name]}; one of {BUDGETS} is needed")
+                raise InvalidModelError(f"{v.key(f'vision.{name}')} is {budgets[name]}; one of {BUDGETS} is needed")
         return cls(
             n_layers=n_layers(v, w),
             width=width,
             d_ff=mlp_width(w["v", "blk", 0], width),
             n_heads=head_count(v, width),
-            eps=v.number("vision.attention.layer_norm_epsilon"),
+            eps=v.number("vision.attention.layer_norm_epsilon", above=0.0),
             act=known_activation(v, "vision.hidden_act", "gelu_pytorch_tanh"),
-            rope_base=v.number("vision.rope.freq_base", VISION_ROPE_BASE),
+            rope_base=v.number("vision.rope.freq_base", VISION_ROPE_BASE, above=0.0),
             patch=v.size("vision.patch_size"),
             pool=v.size("vision.projector.scale_factor", POOL),
             budget=budgets["max_soft_tokens"],

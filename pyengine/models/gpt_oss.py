@@ -21,7 +21,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.models.architecture import Architecture
 from pyengine.nn.batch import Batch
 from pyengine.nn.cache import LayerCache
-from pyengine.nn.decoder import common, DecoderConfig, per_layer
+from pyengine.nn.decoder import common, DecoderConfig, per_layer, used_experts
 from pyengine.nn.layers import constant, Embedding, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 
@@ -43,7 +43,7 @@ class Config(DecoderConfig):
         h.refuse(expert_shared_count="an expert for all rows", leading_dense_block_count="a layer without experts")
         numbers = common(h, w, d_ff="expert_feed_forward_length")
         pattern = per_layer(h, "attention.sliding_window_pattern", tuple(i % 2 == 0 for i in range(numbers["n_layers"])))
-        return cls(**numbers, window=h.window(), sliding=pattern, n_experts=h.size("expert_count"), n_used=h.size("expert_used_count"))
+        return cls(**numbers, window=h.window(), sliding=pattern, n_experts=h.size("expert_count"), n_used=used_experts(h))
 
 
 class Mixture:

@@ -12,7 +12,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models import granite, llama
-from pyengine.nn.decoder import common
+from pyengine.nn.decoder import common, used_experts
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,4 @@ class Model(granite.Model):
         h.refuse(attention__sliding_window="a sliding window", leading_dense_block_count="a layer without experts")
         numbers = common(h, w)
         return Config(**numbers, **granite.multipliers(h, numbers["head_dim"]), n_experts=h.size("expert_count"),
-                      n_used=h.size("expert_used_count"), d_shared=h.get("expert_shared_feed_forward_length", 0, int))
+                      n_used=used_experts(h), d_shared=h.get("expert_shared_feed_forward_length", 0, int))

@@ -15,7 +15,7 @@ from pyengine.cache.policy import Full, Policy, Sliding
 from pyengine.nn.cache import LayerCache
 from pyengine.models import encoders
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
-from pyengine.nn.decoder import common, DecoderConfig
+from pyengine.nn.decoder import common, DecoderConfig, used_experts
 from pyengine.nn.layers import Embedding, Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -40,7 +40,7 @@ class Config(DecoderConfig):
             **common(h, w),
             window=h.window(),
             n_experts=n_experts and h.size("expert_count"),
-            n_used=n_experts and h.size("expert_used_count"),
+            n_used=n_experts and used_experts(h),
         )
 
 

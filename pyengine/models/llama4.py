@@ -38,9 +38,9 @@ from pyengine.cache.policy import Chunked, Full, Policy
 from pyengine.nn.cache import LayerCache
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, cut_patches, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, only_pictures, projector_type, resample_filter,
-    special_token, whole_option)
-from pyengine.nn.decoder import common, DecoderConfig, per_layer
+    by_table, cut_patches, EncoderAttention, EncoderFeedForward, grouped, head_count, levels, mean_and_std, only_pictures,
+    PIXELS, projector_type, resample_filter, special_token, TILES, whole_option)
+from pyengine.nn.decoder import common, DecoderConfig, per_layer, used_experts
 from pyengine.nn.layers import constant, Embedding, Experts, LayerNorm, Linear, mlp_width, RMSNorm
 from pyengine.nn.rope import Rope, rope
 from pyengine.graph.tensor import Tensor
@@ -80,13 +80,13 @@ class Config(DecoderConfig):
         """Read the keys "llama4.*"."""
         numbers, n_experts = common(h, w), h.get("expert_count", 0, int)
         if "attention.sliding_window" in h and not h.window() and "attention.chunked_layers" not in h:
-            raise UnsupportedModelError(f"{h.arch}.attention.sliding_window names no window, so nothing is chunked, and no key says which layers "
+            raise UnsupportedModelError(f"{h.key('attention.sliding_window')} names no window, so nothing is chunked, and no key says which layers "
                                         "have positions")
         rotated = per_layer(h, "rope.layers", tuple((i + 1) % NO_ROPE_EVERY != 0 for i in range(numbers["n_layers"])))
         return cls(
             **numbers,
             n_experts=n_experts,
-            n_used=h.size("expert_used_count") if n_experts else 0,
+            n_used=used_experts(h) if n_experts else 0,
             rotated=rotated,
             chunked=per_layer(h, "attention.chunked_layers", rotated),
             chunk=h.size("attention.chunk_size", CHUNK),
@@ -114,7 +114,7 @@ class Mixture:
     def __init__(self, w: Weights, c: Config):
         shape = w["ffn_up_exps"].shape("weight")
         if shape is None or len(shape) != 3:
-            raise InvalidModelError(f"{w!r}: ffn_up_exps.weight must be a tensor of {c.n_experts} matrices")
+            raise InvalidModelError(f"{w.place}: ffn_up_exps.weight must be a tensor of {c.n_experts} matrices")
         self.n_used = c.n_used
         self.router = Linear(w["ffn_gate_inp"], c.d_model, c.n_experts)
         self.experts = Experts(w, c.n_experts, c.d_model, shape[1])
@@ -190,28 +190,26 @@ class VisionConfig:
     def read(cls, v: Hparams) -> VisionConfig:
         """Read "clip.vision.*"."""
         if (kind := projector_type(v)) != "llama4":
-            raise UnsupportedModelError(f"{v.arch}.projector_type is {kind!r}; llama4 is supported")
+            raise UnsupportedModelError(f"{v.key('projector_type')} is {kind!r}; llama4 is supported")
         mean, std = mean_and_std(v, HALF, HALF)
         width = v.size("vision.embedding_length")
         c = cls(
-            tile=v.size("vision.image_size"),
+            tile=v.size("vision.image_size", most=PIXELS),
             patch=v.size("vision.patch_size"),
             group=v.size("vision.projector.scale_factor", GROUP),
             n_layers=v.size("vision.block_count"),
             width=width,
             n_heads=head_count(v, width),
-            eps=v.number("vision.attention.layer_norm_epsilon"),
-            rope_base=v.number("vision.rope.freq_base", 10_000.0),
+            eps=v.number("vision.attention.layer_norm_epsilon", above=0.0),
+            rope_base=v.number("vision.rope.freq_base", 10_000.0, above=0.0),
             mean=tuple(mean.tolist()),
             std=tuple(std.tolist()),
             resample=resample_filter(v, BILINEAR),
-            max_tiles=v.size("vision.max_tiles", MAX_TILES),
+            max_tiles=v.size("vision.max_tiles", MAX_TILES, most=TILES),
             largest_canvas=v.get("vision.resize_to_max_canvas", False, bool),
         )
         if c.tile % (c.patch * c.group):
-            raise InvalidModelError(f"{v.arch}.vision: tiles of {c.tile} pixels are no multiple of {c.group} patches of {c.patch}")
-        if c.max_tiles > 1024:
-            raise InvalidModelError(f"{v.arch}.vision: max_tiles {c.max_tiles}: must be 1 to 1024")
+            raise InvalidModelError(f"{v.key('vision')}: tiles of {c.tile} pixels are no multiple of {c.group} patches of {c.patch}")
         return c
 
 

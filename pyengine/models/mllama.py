@@ -58,7 +58,7 @@ def numbers(h: Hparams, name: str, below: int) -> tuple[int, ...]:
     """Read an array of whole numbers from 0 up to `below`. Raises: InvalidModelError."""
     value = h.need(name, np.ndarray)
     if value.dtype.kind not in "iu" or len(value) > below or np.any(value < 0) or np.any(value >= below):
-        raise InvalidModelError(f"{h.arch}.{name} is {value.tolist()}; at most {below} numbers from 0 to {below - 1} are needed")
+        raise InvalidModelError(f"{h.key(name)} is {value.tolist()}; at most {below} numbers from 0 to {below - 1} are needed")
     return tuple(int(i) for i in value)
 
 
@@ -122,7 +122,7 @@ class VisionConfig:
         """Read "clip.vision.*"."""
         act = v.get("vision.hidden_act", "gelu", str)                              # MllamaVisionConfig
         if act not in ACTIVATIONS:
-            raise InvalidModelError(f"{v.arch}.vision.hidden_act is {act!r}; known are {', '.join(ACTIVATIONS)}")
+            raise InvalidModelError(f"{v.key('vision.hidden_act')} is {act!r}; known are {', '.join(ACTIVATIONS)}")
         n_layers = v.size("vision.block_count")
         mean, std = mean_and_std(v, MEAN, STD)
         c = cls(
@@ -132,7 +132,7 @@ class VisionConfig:
             n_global=v.size("vision.global.block_count"),
             width=v.size("vision.embedding_length"),
             n_heads=v.size("vision.attention.head_count"),
-            eps=v.number("vision.attention.layer_norm_epsilon"),
+            eps=v.number("vision.attention.layer_norm_epsilon", above=0.0),
             act=ACTIVATIONS[act],
             states=numbers(v, "vision.feature_layer", n_layers + 1),
             max_tiles=v.size("vision.max_num_tiles"),
@@ -141,7 +141,7 @@ class VisionConfig:
             resample=resample_filter(v, BILINEAR),
         )
         if c.width % c.n_heads or c.patch_size > c.image_size or c.max_tiles > 64:
-            raise InvalidModelError(f"{v.arch}.vision: {c.n_heads} heads of {c.width}, patches of {c.patch_size} in tiles of "
+            raise InvalidModelError(f"{v.key('vision')}: {c.n_heads} heads of {c.width}, patches of {c.patch_size} in tiles of "
                                     f"{c.image_size}, {c.max_tiles} tiles: no such encoder is possible")
         return c
 

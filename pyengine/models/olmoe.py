@@ -13,7 +13,7 @@ from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models import olmo2
 from pyengine.nn.cache import LayerCache
-from pyengine.nn.decoder import common, DecoderConfig
+from pyengine.nn.decoder import common, DecoderConfig, used_experts
 from pyengine.nn.layers import Experts, Linear, RMSNorm
 from pyengine.nn.rope import Rope
 
@@ -52,4 +52,4 @@ class Model(olmo2.Model):
         """Read the keys "olmoe.*"."""
         h.refuse(attention__sliding_window="a sliding window", attention__clamp_kqv="a limit of queries, keys and values",
                  expert_shared_count="an expert for all rows")
-        return Config(**common(h, w), n_experts=h.size("expert_count"), n_used=h.size("expert_used_count"))
+        return Config(**common(h, w), n_experts=h.size("expert_count"), n_used=used_experts(h))

@@ -15,7 +15,7 @@ from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models import qwen2
 from pyengine.models.llama import FeedForward
-from pyengine.nn.decoder import common
+from pyengine.nn.decoder import common, used_experts
 from pyengine.nn.layers import Experts, Linear
 
 
@@ -54,5 +54,5 @@ class Model(qwen2.Model):
         """Read the keys "qwen2moe.*"."""
         h.refuse(attention__sliding_window="a sliding window", leading_dense_block_count="a layer without experts")
         numbers = common(h, w, d_ff="expert_feed_forward_length")
-        return Config(**numbers, windows=(0,) * numbers["n_layers"], n_experts=h.size("expert_count"), n_used=h.size("expert_used_count"),
+        return Config(**numbers, windows=(0,) * numbers["n_layers"], n_experts=h.size("expert_count"), n_used=used_experts(h),
                       d_shared=h.size("expert_shared_feed_forward_length"))

@@ -98,7 +98,7 @@ class VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         projector = projector_type(v)
         if projector not in PROJECTORS:
-            raise UnsupportedModelError(f"{v.arch}.projector_type is {projector!r}; {', '.join(PROJECTORS)} are supported")
+            raise UnsupportedModelError(f"{v.key('projector_type')} is {projector!r}; {', '.join(PROJECTORS)} are supported")
         qwen25 = PROJECTORS[projector]
         full = _full_layers(v, n_layers(v, w), qwen25)
         act, d_model = activation(v, "gelu_pytorch_tanh"), v.size("vision.embedding_length")
@@ -106,7 +106,7 @@ class VisionConfig:
         patch, merge = v.size("vision.patch_size", 14), v.size("vision.spatial_merge_size", 2)
         window = v.size("vision.window_size", 112) // merge // patch if not all(full) else 1
         if not window:
-            raise InvalidModelError(f"{v.arch}.vision.window_size is smaller than {merge} patches of {patch} pixels")
+            raise InvalidModelError(f"{v.key('vision.window_size')} is smaller than {merge} patches of {patch} pixels")
         low, high = v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)
         mean, std = mean_and_std(v, MEAN, STD)
         return cls(
@@ -116,8 +116,8 @@ class VisionConfig:
             d_ff=mlp_width(w["v", "blk", 0], d_model),
             n_heads=n_heads,
             d_out=h.size("embedding_length"),
-            eps=v.number("vision.attention.layer_norm_epsilon", 1e-6),
-            rope_base=v.number("vision.rope.freq_base", 10_000.0),
+            eps=v.number("vision.attention.layer_norm_epsilon", 1e-6, above=0.0),
+            rope_base=v.number("vision.rope.freq_base", 10_000.0, above=0.0),
             act=act,
             full=full,
             window=window,
@@ -129,10 +129,10 @@ class VisionConfig:
             resample=resample_filter(v, BICUBIC),
             pixels=(low, high),
             video_pixels=(v.size("vision.video_min_pixels", low), v.size("vision.video_max_pixels", high)),
-            video_fps=v.number("vision.video_fps", VIDEO_FPS),
+            video_fps=v.number("vision.video_fps", VIDEO_FPS, above=0.0),
             sample_lists=v.get("vision.video_sample_frames", False, bool),
             video_frames=(v.size("vision.video_min_frames", MIN_FRAMES), v.size("vision.video_max_frames", MAX_FRAMES)),
-            time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND) if qwen25 else None,
+            time_scale=v.number("vision.tokens_per_second", TOKENS_PER_SECOND, above=0.0) if qwen25 else None,
         )
 
 
@@ -140,7 +140,7 @@ def integers(h: Hparams, name: str) -> list[int]:
     """Read an array of whole numbers. Raises: InvalidModelError for a missing key and for other values."""
     value = h.need(name, np.ndarray)
     if value.dtype.kind not in "iu" or np.any(value < 0):
-        raise InvalidModelError(f"{h.arch}.{name}: must hold whole numbers from 0 on")
+        raise InvalidModelError(f"{h.key(name)}: must hold whole numbers from 0 on")
     return [int(i) for i in value]
 
 
@@ -194,7 +194,7 @@ class Vision(Encoder):
         self.inv_freq = np.concatenate([inv_freq, inv_freq]).astype(np.float32)                      # height, then width: [E / 2]
         self.axes = np.repeat(np.arange(2, dtype=np.int32), len(inv_freq))
         if c.depth != len(SLICES):
-            raise UnsupportedModelError(f"{v.arch}.vision.temporal_patch_size is {c.depth}; files hold {len(SLICES)} slices")
+            raise UnsupportedModelError(f"{v.key('vision.temporal_patch_size')} is {c.depth}; files hold {len(SLICES)} slices")
         self.embed = PatchEmbedding(w["v"], c.d_model, 3, c.patch, SLICES)
         self.blocks = [VisionBlock(w["v", "blk", i], c) for i in range(c.n_layers)]
         d_group = c.d_model * c.merge**2
@@ -375,7 +375,7 @@ class Model(qwen2.Model):
         name = "rope.dimension_sections"
         sections, pairs = integers(h, name), len(self.rope.rope.inv_freq)
         if len(sections) not in (3, 4) or any(sections[3:]) or sum(sections) != pairs:
-            raise InvalidModelError(f"{h.arch}.{name} is {sections}: three numbers that add up to {pairs} are needed")
+            raise InvalidModelError(f"{h.key(name)} is {sections}: three numbers that add up to {pairs} are needed")
         self.axes = np.repeat(np.arange(3, dtype=np.int32), sections[:3])      # of each frequency
 
     @classmethod

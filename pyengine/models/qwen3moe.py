@@ -12,7 +12,7 @@ from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.models import qwen3
 from pyengine.models.llama import Mixture
-from pyengine.nn.decoder import common, DecoderConfig
+from pyengine.nn.decoder import common, DecoderConfig, used_experts
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class Model(qwen3.Model):
         """Read the keys "qwen3moe.*"."""
         h.refuse(attention__sliding_window="a sliding window", expert_shared_count="an expert for all rows",
                  leading_dense_block_count="a layer without experts")
-        return Config(**common(h, w, d_ff="expert_feed_forward_length"), n_experts=h.size("expert_count"), n_used=h.size("expert_used_count"))
+        return Config(**common(h, w, d_ff="expert_feed_forward_length"), n_experts=h.size("expert_count"), n_used=used_experts(h))

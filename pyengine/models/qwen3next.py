@@ -5,8 +5,10 @@ keeps the last inputs of a short convolution and a matrix for each head instead 
 element of its output, whose rows stand in the matrix of q behind each head's, and rotates a part of each head.
 Files of llama.cpp: norms have 1 added to their weights, `ssm_a` is -exp(A_log).
 differs: rows are taken one after the other (transformers: in chunks of 64), so that results do not depend on how a prompt is cut.
-The layer behind the last one (`nextn`), which predicts further tokens (MTP), is a block with attention; where a file has several of them,
-they are left out, and the plan says so.
+The layer behind the last one (`nextn`), which predicts further tokens (MTP), is a block with attention. Where a file has several of them, the
+first drafts every token, as one alone does, and the plan says so: published models have one, llama.cpp takes no more either (`src/models/qwen35.cpp`),
+and chains of several are read in different ways by the programs that have them (transformers' MtpModel gives each the states of the one before,
+llama.cpp's draft-mtp gives the layers of other architectures those of the decoder).
 Axes: m rows of the batch, D hidden; attention: H/K query/KV heads, E head size; delta net: G heads of q and k of size S, V heads of T.
 """
 
@@ -27,7 +29,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.models import qwen2moe, qwen3
 from pyengine.nn.ahead import Mtp
 from pyengine.nn.cache import LayerCache, RecurrentCache
-from pyengine.nn.decoder import common, DecoderConfig, per_layer
+from pyengine.nn.decoder import common, DecoderConfig, per_layer, used_experts
 from pyengine.nn.layers import constant, Linear, RMSNorm
 from pyengine.nn.rope import Rope
 
@@ -66,7 +68,7 @@ def delta_net(h: Hparams, w: Weights, **numbers: Any) -> dict[str, Any]:
         raise InvalidModelError(f"{h.key('nextn_predict_layers')} is {n_more} of {n_all} layers")
     n_layers, every = n_all - n_more, h.size("full_attention_interval", INTERVAL)
     recurrent = per_layer(h, "attention.recurrent_layers", tuple(i < n_layers and (i + 1) % every != 0 for i in range(n_all)))
-    for i in range(n_layers, n_all) if n_more > 1 else ():
+    for i in range(n_layers + 1, n_all):
         w["blk", i].leave_out()
     inner, n_values, n_keys = h.size("ssm.inner_size"), h.size("ssm.time_step_rank"), h.size("ssm.group_count")
     if inner % n_values or n_values % n_keys:
@@ -78,7 +80,7 @@ def delta_net(h: Hparams, w: Weights, **numbers: Any) -> dict[str, Any]:
 
 def experts(h: Hparams) -> dict[str, int]:
     """Read the numbers of experts."""
-    return {"n_experts": h.size("expert_count"), "n_used": h.size("expert_used_count"), "d_shared": h.size("expert_shared_feed_forward_length")}
+    return {"n_experts": h.size("expert_count"), "n_used": used_experts(h), "d_shared": h.size("expert_shared_feed_forward_length")}
 
 
 class Mixture(qwen2moe.Mixture):
@@ -167,9 +169,9 @@ class Block:
 
 
 def bind_ahead(model: Any, w: Weights) -> Mtp | None:
-    """Bind the layer that predicts further tokens, where the file has one."""
+    """Bind the layer that predicts further tokens, the first where the file has several."""
     c = model.config
-    if c.n_ahead != 1:
+    if not c.n_ahead:
         return None
     own = w["blk", c.n_layers]
     return Mtp(own, Block(own, c, None, model.feed_forward), model, c.offset)
@@ -178,7 +180,8 @@ def bind_ahead(model: Any, w: Weights) -> Mtp | None:
 def without_ahead(c: Config) -> str:
     """Say what of a file predicts further tokens and is left out."""
     if c.n_ahead > 1:
-        return f"the file's {c.n_ahead} layers that predict further tokens are left out: no more than one drafts here"
+        return (f"of the file's {c.n_ahead} layers that predict further tokens the first drafts, and the others are left out: programs that run several of them "
+                "do not agree on what each reads")
     return ("the file's layers that predict further tokens are left out: they have names of Ollama's (mtp.*), and experts apart; llama.cpp's files, which have "
             "one as nextn, draft with it") if c.foreign else ""
 

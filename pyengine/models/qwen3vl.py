@@ -88,11 +88,11 @@ class VisionConfig:
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         if projector_type(v) != "qwen3vl_merger":
-            raise UnsupportedModelError(f"{v.arch}.projector_type is {projector_type(v)!r}; qwen3vl_merger is supported")
+            raise UnsupportedModelError(f"{v.key('projector_type')} is {projector_type(v)!r}; qwen3vl_merger is supported")
         count, d_model = n_layers(v, w), v.size("vision.embedding_length")
         marked = v.get("vision.is_deepstack_layers", np.zeros(count, bool), np.ndarray)
         if len(marked) != count:
-            raise InvalidModelError(f"{v.arch}.vision.is_deepstack_layers has {len(marked)} entries for {count} layers")
+            raise InvalidModelError(f"{v.key('vision.is_deepstack_layers')} has {len(marked)} entries for {count} layers")
         places = w["v", "position_embd"].shape("weight") or (0,)
         side = round(places[0] ** 0.5)
         if side * side != places[0]:
@@ -100,13 +100,13 @@ class VisionConfig:
         mean, std = mean_and_std(v, HALF, HALF)
         return cls(
             n_layers=count, d_model=d_model, d_ff=mlp_width(w["v", "blk", 0], d_model), n_heads=head_count(v, d_model),
-            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu_pytorch_tanh"),
-            rope_base=v.number("vision.rope.freq_base", ROPE_BASE), deep=tuple(np.flatnonzero(marked).tolist()), side=side,
+            d_out=h.size("embedding_length"), eps=v.number("vision.attention.layer_norm_epsilon", EPS, above=0.0), act=activation(v, "gelu_pytorch_tanh"),
+            rope_base=v.number("vision.rope.freq_base", ROPE_BASE, above=0.0), deep=tuple(np.flatnonzero(marked).tolist()), side=side,
             patch=v.size("vision.patch_size"), merge=v.size("vision.spatial_merge_size", 2), mean=mean, std=std,
             resample=resample_filter(v, BICUBIC), pixels=(v.size("vision.image_min_pixels", MIN_PIXELS), v.size("vision.image_max_pixels", MAX_PIXELS)),
             video_pixels=(v.size("vision.video_min_pixels", VIDEO_PIXELS[0]), v.size("vision.video_max_pixels", VIDEO_PIXELS[1])),
             video_frames=(v.size("vision.video_min_frames", VIDEO_FRAMES[0]), v.size("vision.video_max_frames", VIDEO_FRAMES[1])),
-            video_fps=v.number("vision.video_fps", VIDEO_FPS), sample_lists=v.get("vision.video_sample_frames", False, bool))
+            video_fps=v.number("vision.video_fps", VIDEO_FPS, above=0.0), sample_lists=v.get("vision.video_sample_frames", False, bool))
 
 
 class Merger:
@@ -304,7 +304,7 @@ class Model(qwen3.Model):
         name, pairs = "rope.dimension_sections", len(self.rope.rope.inv_freq)
         sections = integers(h, name)
         if len(sections) not in (3, 4) or sum(sections) > pairs or not 0 <= self.n_deep <= self.config.n_layers:
-            raise InvalidModelError(f"{h.arch}.{name} is {sections} for {pairs} pairs, and {self.n_deep} layers get features")
+            raise InvalidModelError(f"{h.key(name)} is {sections} for {pairs} pairs, and {self.n_deep} layers get features")
         self.axes = np.zeros(pairs, np.int32)                                  # of each frequency: time, height, width in turns
         for axis in (1, 2):
             self.axes[axis : 3 * sections[axis] : 3] = axis

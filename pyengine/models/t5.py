@@ -59,7 +59,7 @@ class Config(DecoderConfig):
             head_dim=h.size("attention.key_length", d_model // n_heads),
             vocab_size=vocab_size(w),
             n_ctx_train=h.size("context_length"),
-            eps=h.number("attention.layer_norm_rms_epsilon"),
+            eps=h.number("attention.layer_norm_rms_epsilon", above=0.0),
             n_encoder_layers=n_layers,
             n_buckets=buckets,
             max_distance=farthest,

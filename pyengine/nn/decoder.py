@@ -48,8 +48,16 @@ def common(h: Hparams, w: Weights, *, head_dim: int | None = None, d_ff: str = "
         "head_dim": h.size("attention.key_length", head_dim or d_model // n_heads),
         "vocab_size": vocab_size(w),
         "n_ctx_train": h.size("context_length"),
-        "eps": h.number(eps),
+        "eps": h.number(eps, above=0.0),
     }
+
+
+def used_experts(h: Hparams) -> int:
+    """Read how many experts a row goes to. Raises: InvalidModelError for more than there are."""
+    n, n_used = h.size("expert_count"), h.size("expert_used_count")
+    if n_used > n:
+        raise InvalidModelError(f"{h.key('expert_used_count')} is {n_used} of {n} experts")
+    return n_used
 
 
 def first_tokens(h: Hparams, start: int | None = None) -> tuple[int, tuple[int, ...]]:
@@ -97,7 +105,7 @@ def vocab_size(w: Weights) -> int:
         shape = w[name].shape("weight")
         if shape is not None and len(shape) == 2:
             return shape[0]
-    raise InvalidModelError(f"{w!r}: neither 'output.weight' nor 'token_embd.weight' is a matrix of the file")
+    raise InvalidModelError(f"{w.place}: neither 'output.weight' nor 'token_embd.weight' is a matrix of the file")
 
 
 def embedded(w: Weights, vocab_size: int) -> int:
@@ -105,5 +113,5 @@ def embedded(w: Weights, vocab_size: int) -> int:
     shape = w["token_embd"].shape("weight")
     n = shape[0] if shape is not None and len(shape) == 2 else vocab_size
     if n < vocab_size:
-        raise InvalidModelError(f"{w!r}: 'token_embd.weight' has {n} rows, but the output head gives {vocab_size} tokens")
+        raise InvalidModelError(f"{w.place}: 'token_embd.weight' has {n} rows, but the output head gives {vocab_size} tokens")
     return n

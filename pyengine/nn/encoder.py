@@ -35,7 +35,7 @@ def n_layers(v: Hparams, w: Weights) -> int:
     """Return the number of the encoder's layers, the last of which must be in the file."""
     n = v.size("vision.block_count")
     if ("v", "blk", n - 1) not in w:
-        raise InvalidModelError(f"{v.arch}.vision.block_count is {n}, but no tensor is named v.blk.{n - 1}")
+        raise InvalidModelError(f"{v.key('vision.block_count')} is {n}, but no tensor is named v.blk.{n - 1}")
     return n
 
 
@@ -43,8 +43,8 @@ def head_count(v: Hparams, width: int, name: str = "vision.attention.head_count"
     """Read the number of heads, which are as wide as rotations need: a multiple of `step`, 1 without them. Raises: InvalidModelError."""
     n = v.size(name)
     if width % n or width // n % step:
-        raise InvalidModelError(f"{v.arch}.{name} is {n} for a width of {width}: heads must have a multiple of {step} elements"
-                                if step > 1 else f"{v.arch}.{name} is {n}, which does not divide a width of {width}")
+        raise InvalidModelError(f"{v.key(name)} is {n} for a width of {width}: heads must have a multiple of {step} elements"
+                                if step > 1 else f"{v.key(name)} is {n}, which does not divide a width of {width}")
     return n
 
 
@@ -61,7 +61,7 @@ def known_activation(v: Hparams, name: str, usual: str) -> str:
     """Read the kind of `ops.unary` from transformers' name; `usual` without the key. Raises: UnsupportedModelError."""
     act = v.get(name, usual, str)
     if act not in ACTIVATIONS:
-        raise UnsupportedModelError(f"{v.arch}.{name}: the activation is {act!r}; {', '.join(ACTIVATIONS)} are supported")
+        raise UnsupportedModelError(f"{v.key(name)}: the activation is {act!r}; {', '.join(ACTIVATIONS)} are supported")
     return ACTIVATIONS[act]
 
 
@@ -69,7 +69,7 @@ def per_channel(v: Hparams, name: str, usual: tuple[float, ...]) -> np.ndarray:
     """Read three finite numbers, float32; `usual` without the key. Raises: InvalidModelError."""
     value = np.asarray(v.get(name, np.array(usual), np.ndarray))
     if value.shape != (3,) or value.dtype.kind not in "fiu" or not np.all(np.isfinite(value)):
-        raise InvalidModelError(f"{v.arch}.{name} is {value.tolist()}, but three numbers are needed")
+        raise InvalidModelError(f"{v.key(name)} is {value.tolist()}, but three numbers are needed")
     return value.astype(np.float32)
 
 
@@ -79,7 +79,7 @@ def whole_numbers(v: Hparams, name: str, usual: tuple[int, ...]) -> tuple[int, .
     if found is None:
         return usual
     if found.dtype.kind not in "iu" or np.any(found < 0):
-        raise InvalidModelError(f"{v.arch}.{name} is {found.tolist()}: whole numbers from 0 on are needed")
+        raise InvalidModelError(f"{v.key(name)} is {found.tolist()}: whole numbers from 0 on are needed")
     return tuple(int(i) for i in found)
 
 
@@ -87,7 +87,7 @@ def mean_and_std(v: Hparams, mean: tuple[float, ...], std: tuple[float, ...]) ->
     """Read what is subtracted from each colour, and what it is then divided by. Raises: InvalidModelError for divisors up to 0."""
     found = per_channel(v, "vision.image_mean", mean), per_channel(v, "vision.image_std", std)
     if not np.all(found[1] > 0):
-        raise InvalidModelError(f"{v.arch}.vision.image_std is {found[1].tolist()}: must be above 0")
+        raise InvalidModelError(f"{v.key('vision.image_std')} is {found[1].tolist()}: must be above 0")
     return found
 
 
@@ -95,8 +95,12 @@ def resample_filter(v: Hparams, usual: int) -> int:
     """Read Pillow's number of the filter that resizes pictures. Raises: InvalidModelError."""
     found = v.get("vision.resample", usual, int)
     if found not in range(6):
-        raise InvalidModelError(f"{v.arch}.vision.resample is {found}, but Pillow's filters are 0 to 5")
+        raise InvalidModelError(f"{v.key('vision.resample')} is {found}, but Pillow's filters are 0 to 5")
     return found
+
+
+PIXELS = 1 << 14                 # most along a side of what an encoder reads at once
+TILES = 1024                     # most squares that a picture is cut into
 
 
 class BlockSizes(Protocol):
@@ -145,7 +149,7 @@ def common(h: Hparams, v: Hparams, w: Weights, *, gelu: str, eps: float, colours
         "d_ff": mlp_width(w["v", "blk", 0], width),
         "n_heads": head_count(v, width),
         "d_out": h.size("embedding_length"),
-        "eps": v.number("vision.attention.layer_norm_epsilon", eps),
+        "eps": v.number("vision.attention.layer_norm_epsilon", eps, above=0.0),
         "act": activation(v, gelu),
         "patch": v.size("vision.patch_size"),
         "mean": mean,

@@ -29,7 +29,7 @@ def mlp_width(w: Weights, width: int, names: Sequence[str] = ("ffn_up", "ffn_dow
     shapes = [w[name].shape("weight") for name in names]
     units = {n for s in shapes if s is not None and len(s) == 2 and width in s for n in ((s[1] if s[0] == width else s[0]),)}
     if len(units) != 1 or None in shapes:
-        raise InvalidModelError(f"{w!r}: {' and '.join(names)} have shapes {shapes}: a feed-forward of width {width} is needed")
+        raise InvalidModelError(f"{w.place}: {' and '.join(names)} have shapes {shapes}: a feed-forward of width {width} is needed")
     return units.pop()
 
 

@@ -64,22 +64,20 @@ def rope(h: Hparams, w: Weights, head_dim: int, *, interleaved: bool, base: floa
     """
     n_rot = h.size("rope.dimension_count", head_dim)
     if n_rot > head_dim or n_rot % 2:
-        raise InvalidModelError(f"{h.arch}.rope.dimension_count is {n_rot}, but a head has {head_dim} elements")
-    base = h.number("rope.freq_base", base)
-    inv_freq = 1.0 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
+        raise InvalidModelError(f"{h.key('rope.dimension_count')} is {n_rot}, but a head has {head_dim} elements")
     kind = h.get("rope.scaling.type", "linear", str)
-    factor = h.number("rope.scaling.factor", 1.0) or 1.0                        # 0: none, as in llama.cpp
-    if factor < 0:
-        raise InvalidModelError(f"{h.key('rope.scaling.factor')} is {factor}: must be above 0, or 0 for none")
+    base = h.number("rope.freq_base", base, above=1.0 if kind == "yarn" else 0.0)             # yarn divides by its logarithm
+    inv_freq = 1.0 / base ** (np.arange(0, n_rot, 2, dtype=np.float32) / np.float32(n_rot))
+    factor = h.number("rope.scaling.factor", 1.0, least=0.0) or 1.0             # 0: none, as in llama.cpp
     scale = 1.0
     if kind == "linear":
         inv_freq = inv_freq / np.float32(factor)
     elif kind == "yarn":
         inv_freq, scale = _yarn(h, inv_freq, base, n_rot, factor, whole_ramp)
     elif kind not in ("none", "llama3", "longrope"):
-        raise UnsupportedModelError(f"{h.arch}.rope.scaling.type is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
+        raise UnsupportedModelError(f"{h.key('rope.scaling.type')} is {kind!r}; none, linear, yarn, llama3 and longrope are supported")
     if "rope_factors_long" in w:
-        scale = h.number("rope.scaling.attn_factor", 1.0)
+        scale = h.number("rope.scaling.attn_factor", 1.0, above=0.0)
     return Rotary(Rope(inv_freq, float(scale), interleaved), *_factors(h, w, n_rot))
 
 
@@ -93,7 +91,7 @@ def _factors(h: Hparams, w: Weights, n_rot: int) -> tuple[WeightRef | None, Weig
 
 def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: float, whole_ramp: bool) -> tuple[np.ndarray, float]:
     original = h.size("rope.scaling.original_context_length", h.size("context_length"))
-    fast, slow = h.number("rope.scaling.yarn_beta_fast", 32.0), h.number("rope.scaling.yarn_beta_slow", 1.0)
+    fast, slow = (h.number(f"rope.scaling.yarn_beta_{end}", n, above=0.0) for end, n in (("fast", 32.0), ("slow", 1.0)))
 
     def turns(n: float) -> float:
         """Return the frequency number that makes n turns within the original context."""
@@ -105,7 +103,7 @@ def _yarn(h: Hparams, inv_freq: np.ndarray, base: float, n_rot: int, factor: flo
     low, high = max(low, 0), min(high, n_rot - 1)
     ramp = np.clip((np.arange(n_rot // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
     inv_freq = inv_freq / factor * ramp + inv_freq * (1 - ramp)
-    scale, all_dim = h.number("rope.scaling.attn_factor", 1.0), h.number("rope.scaling.yarn_log_multiplier", 0.0)
+    scale, all_dim = h.number("rope.scaling.attn_factor", 1.0, above=0.0), h.number("rope.scaling.yarn_log_multiplier", 0.0)
     return inv_freq, scale * (_magnitude(factor, 1.0) / _magnitude(factor, all_dim) if all_dim else _magnitude(factor, 1.0))
 
 

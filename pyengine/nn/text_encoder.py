@@ -29,7 +29,7 @@ def table(w: Weights, name: str) -> tuple[int, int]:
     """Return the shape of an embedding's matrix [n, width], of whose rows no key can be relied on. Raises: InvalidModelError."""
     shape = w[name].shape("weight")
     if shape is None or len(shape) not in (1, 2):
-        raise InvalidModelError(f"{w!r}: '{name}.weight' is no matrix of the file")
+        raise InvalidModelError(f"{w.place}: '{name}.weight' is no matrix of the file")
     return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
 
 
@@ -165,7 +165,7 @@ class TextHeads:
             if name in w:
                 shape, act = w[name].shape("weight"), one_of(h, f"{name}_activation", "none", BETWEEN)
                 if shape is None or len(shape) != 2 or shape[1] != width:
-                    raise InvalidModelError(f"{w!r}: '{name}.weight' has shape {shape}: {width} columns are needed")
+                    raise InvalidModelError(f"{w.place}: '{name}.weight' has shape {shape}: {width} columns are needed")
                 found.append((Linear(w[name], width, shape[0]), act))
                 width = shape[0]
         return found, width

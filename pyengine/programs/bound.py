@@ -15,7 +15,7 @@ from pyengine.files.dialects import ENCODER, ENCODER_TENSORS
 from pyengine.files.hparams import Hparams
 from pyengine.files.model_files import Files, open_files
 from pyengine.files.weights import WeightRef, Weights
-from pyengine.models import architectures, head_class, head_models, head_names, model_class, tower_models
+from pyengine.models import architectures, head_class, HEAD_LAYERS, head_models, head_names, LAYERS, model_class, tower_models
 from pyengine.models.architecture import Architecture, Encoder, EncoderFiles, SourceEncoder, Towers
 from pyengine.nn.ahead import Ahead
 from pyengine.nn.rope import FACTORS
@@ -165,7 +165,7 @@ def _with_head(bound: Bound, own: Files, arch: str) -> Bound:
     if all("tokenizer.ggml.tokens" in files.model.metadata for files in (bound.files, own)):
         _check_tokens(bound.files, own)
     file = own.model.renamed(head_names(own.model.tensors), own.model.metadata)
-    weights = Weights(file)
+    weights = Weights(file, own={f"{HEAD_LAYERS}.": f"{LAYERS}."})
     head = head_class(arch)(Hparams(file.metadata), weights, bound.model)
     weights.finish(ignore=FACTORS)
     return replace(bound, head=head, files=bound.files._replace(head=file))

@@ -94,6 +94,11 @@ class Step:
         return max(self.owned) + 1
 
     @property
+    def n_own(self) -> int:
+        """Layers of the decoder: all but that of a head with caches of its own."""
+        return self.n_layers - (len(self.ahead.own) if self.ahead else 0)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The statistics of attention that are summed for each key (`ops.key_sums`)."""
         return self.sizes.compressed.kinds if self.sizes.compressed else ()

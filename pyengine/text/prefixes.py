@@ -25,9 +25,9 @@ class Prefixes(NamedTuple):
         names, texts = h.get("embedding.prompts.names", [], list), h.get("embedding.prompts.texts", [], list)
         default, most = h.get("embedding.prompts.default", None, str), h.get("embedding.max_tokens", 0, int)
         if len(names) != len(texts) or not all(isinstance(text, str) for text in (*names, *texts)):
-            raise InvalidModelError(f"{h.key('embedding.prompts.names')} and {h.key('embedding.prompts.texts')} are not as many texts each")
+            raise InvalidModelError(f"{h.key('embedding.prompts.names')} and embedding.prompts.texts are not as many texts each")
         if default is not None and default not in names or most < 0:
-            raise InvalidModelError(f"{h.key('embedding.prompts.default')} is {default!r}, {h.key('embedding.max_tokens')} {most}: a name of a prompt, "
+            raise InvalidModelError(f"{h.key('embedding.prompts.default')} is {default!r}, embedding.max_tokens {most}: a name of a prompt, "
                                     "and a number from 0 on, are needed")
         return cls(dict(zip(names, texts)), default, most)
 

@@ -163,14 +163,18 @@ def test_older_files_of_ollama_have_it_too(made, tmp_path) -> None:
     assert "left out" not in pe.plan(apart, **SETTINGS, speculate=False).table()
 
 
-def test_of_several_layers_none_is_taken_and_the_plan_says_so(made, tmp_path) -> None:
-    path = made("qwen3_5_text").path
+def test_of_several_layers_the_first_drafts_and_the_plan_says_so(made, eager, tmp_path) -> None:
+    path, text = made("qwen3_5_text").path, ids(24)
     keys = {"qwen35.block_count": 7, "qwen35.nextn_predict_layers": 2, "qwen35.attention.recurrent_layers": [True, True, True, False, True, False, False]}
     two = foreign.copied(path, tmp_path / "t.gguf", keys, lambda name, data: [
-        (name, data), *([(name.replace("blk.5.", "blk.6."), data)] if name.startswith("blk.5.") else [])])
-    model = pe.load(two, **SETTINGS)
-    assert model._scheduler.speculation.source is None and "the file's 2 layers that predict further tokens are left out" in model.plan.table()
-    assert told(model.generate(ids(9), **asked(0))) == told(pe.load(path, **SETTINGS, speculate=False).generate(ids(9), **asked(0)))
+        (name, data), *([(name.replace("blk.5.", "blk.6."), -data)] if name.startswith("blk.5.") else [])])
+    model, one = pe.load(two, **SETTINGS), pe.load(path, **SETTINGS)
+    assert "of the file's 2 layers that predict further tokens the first drafts, and the others are left out" in model.plan.table()
+    assert model.plan.of("weights") == one.plan.of("weights") and "further tokens the first" not in one.plan.table()
+    assert "left out" not in pe.plan(two, **SETTINGS, speculate=False).table()
+    assert all(map(np.array_equal, read(model, text, 20, 64), read(one, text, 20, 64)))
+    answer = model.generate(ids(9), **asked(0))
+    assert answer.report.drafts["mtp"][0] > 5 and told(answer) == told(pe.load(path, **SETTINGS, speculate=False).generate(ids(9), **asked(0)))
 
 
 @pytest.mark.parametrize("names", [("mtp.layers.0.", "mtp.layers.1."), ("mtp.fc.", "model.mtp.fc.")], ids=["several layers", "another name"])
@@ -397,6 +401,58 @@ def test_which_layers_an_eagle_reads(made, tmp_path, capsys) -> None:
     assert converters_main([str(folder), "--base", str(base), "-o", str(tmp_path / "m.gguf"), "--outtype", "f16"]) == 0
     assert list(GGUFFile(tmp_path / "m.gguf").metadata["eagle3.target_layers"]) == [2, 3, 4] and capsys.readouterr().err.count("\n") == 2      # of the two before
     assert converters_main([str(base), "--base", str(base), "-o", str(tmp_path / "n.gguf")]) == 2 and "--base is for an adapter" in capsys.readouterr().err
+
+
+def test_a_head_has_rows_of_its_own_in_the_plan(made) -> None:
+    """Seven layers and a head are not eight."""
+    for kind, n in (("eagle3", 7), ("qwen3_5_text", 5)):
+        pair = made(kind)
+        plan, alone = pe.plan(pair.path, **SETTINGS, draft=pair.draft), pe.plan(pair.path, **SETTINGS, speculate=False)
+        assert plan.n_layers == alone.n_layers == n
+        rows = {(purpose, detail) for _, purpose, _, detail in plan.lines()}
+        assert rows >= {(purpose, detail) for _, purpose, _, detail in alone.lines() if detail.endswith("layers)") and "states" not in detail}
+        assert ("kv", f"the head that predicts further tokens: all {N_CTX} positions (1 layer)") in rows
+        assert (("weights", "the head that predicts further tokens (1 layer)") in rows) == (pair.draft is None)
+
+
+NUMBERS = (("rope.freq_base", (0.0, -1.0, float("nan"), float("inf"))), ("attention.layer_norm_rms_epsilon", (0.0, -1e-5, float("nan"))),
+           ("attention.head_count", (0, 2**32 - 1)), ("embedding_length", (0,)))
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "assistant"])
+def test_a_head_with_impossible_numbers_is_refused(made, tmp_path, kind: str) -> None:
+    """The error names the file, and the key as it stands there."""
+    pair = made(kind)
+    arch = GGUFFile(pair.draft).metadata["general.architecture"]
+    for key, values in NUMBERS:
+        for value in values:
+            file = foreign.altered(pair.draft, tmp_path / "n.gguf", f"{arch}.{key}", value)
+            with pytest.raises(InvalidModelError) as error:
+                pe.load(pair.path, **SETTINGS, draft=file)
+            assert f"{file}: {arch}.{key} is " in str(error.value)
+
+
+def test_a_head_without_a_tensor_names_it_as_the_file_does(made, tmp_path) -> None:
+    for kind, name in (("eagle3", "blk.0.attn_q.weight"), ("eagle3", "fc.weight"), ("assistant", "blk.2.ffn_down.weight"), ("assistant", "nextn.pre_projection.weight")):
+        pair = made(kind)
+        file = foreign.copied(pair.draft, tmp_path / "m.gguf", {}, lambda n, data, name=name: [] if n == name else [(n, data)])
+        with pytest.raises(InvalidModelError) as error:
+            pe.load(pair.path, **SETTINGS, draft=file)
+        assert f"{file}: tensor '{name}': is missing" in str(error.value) and "ahead" not in str(error.value)
+    pair, heads_of = made("assistant"), ("token_embd", "output")
+    file = foreign.copied(pair.draft, tmp_path / "m.gguf", {}, lambda n, data: [] if n.startswith(heads_of) and n != "output_norm.weight" else [(n, data)])
+    with pytest.raises(InvalidModelError, match=f"{file}: neither 'output.weight' nor 'token_embd.weight'"):
+        pe.load(pair.path, **SETTINGS, draft=file)
+
+
+def test_an_eagle_without_its_layers_names_todays_key(made, tmp_path) -> None:
+    pair = made("eagle3, the model's tokens")
+    found = GGUFFile(pair.draft).metadata["eagle3.target_layers"].tolist()
+    without = foreign.copied(pair.draft, tmp_path / "w.gguf", {"eagle3.target_layers": None}, lambda n, data: [(n, data)])
+    with pytest.raises(InvalidModelError, match=f"{without}: the key 'eagle3.target_layers' is missing"):
+        pe.load(pair.path, **SETTINGS, draft=without)
+    older = foreign.copied(pair.draft, tmp_path / "o.gguf", {"eagle3.target_layers": None, "eagle3.extract_layers": found}, lambda n, data: [(n, data)])
+    assert pe.load(pair.path, **SETTINGS, draft=older)._fitted.layout.step.ahead.layers == found
 
 
 def test_an_eagle_that_names_a_token_twice_is_refused(made, tmp_path) -> None:

@@ -18,6 +18,7 @@ from gguf import GGUFValueType as V
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import foreign
 from pyengine.dtype import BF16, dtype, DTYPES, F32, Q4_K
 from pyengine.errors import InvalidModelError, ModelNotFoundError, PyEngineError, RequestError, ShapeError, UnsupportedModelError
 from pyengine.files.gguf import GGUFFile, TensorInfo
@@ -243,15 +244,6 @@ def split(tmp_path) -> list[Path]:
     return [tmp_path / f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
 
 
-def rewrite(path: Path, key: str, value: int) -> None:
-    """Overwrite the number that `key` has in a file."""
-    raw = bytearray(path.read_bytes())
-    at = raw.index(key.encode()) + len(key)
-    form = {2: "<H", 4: "<I", 5: "<i"}[struct.unpack_from("<I", raw, at)[0]]
-    struct.pack_into(form, raw, at + 4, value)
-    path.write_bytes(raw)
-
-
 def test_a_split_model_opens_from_any_part(split):
     for path in split:
         with GGUFFile(path) as file:
@@ -283,7 +275,7 @@ def test_a_renamed_part_cannot_find_the_others(split):
     (0, "split.tensors.count", -1, "split.tensors.count: is -1, but the parts hold 5"),
 ])
 def test_wrong_split_keys(split, part, key, value, says):
-    rewrite(split[part], key, value)
+    foreign.altered(split[part], split[part], key, value)
     with pytest.raises(InvalidModelError, match=says):
         GGUFFile(split[0])
 

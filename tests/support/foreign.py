@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -430,6 +431,20 @@ def mtmd_rows(text: Path, mmproj: Path, picture: Any) -> tuple[list[int | None],
     mtmd.mtmd_bitmap_free(bitmap)
     mtmd.mtmd_free(context)
     return ids, np.concatenate(rows)
+
+
+FORMS = {2: "<H", 4: "<I", 5: "<i", 6: "<f"}                               # of the struct module, by GGUF's types
+LIST = 9                                                                   # then come the type of its elements, and their number
+
+
+def altered(source: Path, out: Path, key: str, value: float) -> Path:
+    """Copy a file with another number at a key, or another first number of its list."""
+    data = bytearray(source.read_bytes())
+    at = data.index(key.encode()) + len(key)
+    kind, of = struct.unpack_from("<II", data, at)
+    struct.pack_into(FORMS[of if kind == LIST else kind], data, at + (16 if kind == LIST else 4), value)
+    out.write_bytes(data)
+    return out
 
 
 def copied(source: Path, out: Path, keys: dict[str, Any], tensor: Callable[[str, np.ndarray], Tensors]) -> Path:

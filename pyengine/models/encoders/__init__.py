@@ -19,6 +19,6 @@ def beside(files: EncoderFiles) -> dict[str, Encoder]:
     """Bind the encoder that the file's projector names. Raises: UnsupportedModelError for another one."""
     name = projector_type(files.keys)
     if name not in ENCODERS:
-        raise UnsupportedModelError(f"{files.keys.arch}.projector_type is {name!r}; beside {files.text.arch!r} these are supported: "
+        raise UnsupportedModelError(f"{files.keys.key('projector_type')} is {name!r}; beside {files.text.arch!r} these are supported: "
                                     f"{', '.join(sorted(ENCODERS))}")
     return {"image": importlib.import_module(f"{__name__}.{ENCODERS[name]}").Vision(files)}

@@ -60,9 +60,11 @@ class VisionConfig(EncoderConfig):
         patch = v.size("vision.patch_size")
         counts, sides = (v.get(f"vision.{name}", np.zeros(0, int), np.ndarray).tolist() for name in ("projector.patch_to_query", "image_grid_pinpoints"))
         longest, shortest = v.size("vision.preproc_image_size"), v.size("vision.preproc_min_size")
+        if min(counts, default=0) < 1:
+            raise InvalidModelError(f"{v.key('vision.projector.patch_to_query')} is {counts}: numbers of patches and queries are needed")
         queries = {round(n**0.5) * patch: count for n, count in zip(counts[::2], counts[1::2])}
-        if longest not in queries or longest < shortest or min(queries.values()) < 1 or len(sides) % 2 or min(sides, default=1) < 1:
-            raise InvalidModelError(f"{v.arch}.vision: squares of {longest} pixels, shorter sides from {shortest}, queries by the number of patches "
+        if longest not in queries or longest < shortest or len(sides) % 2 or min(sides, default=1) < 1:
+            raise InvalidModelError(f"{v.key('vision')}: squares of {longest} pixels, shorter sides from {shortest}, queries by the number of patches "
                                     f"{counts}, resolutions {sides}: they do not fit together")
         return cls(
             **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BICUBIC),

@@ -58,9 +58,9 @@ class QFormerConfig:
         at = "vision.qformer"
         n_layers, width = v.size(f"{at}.block_count"), v.size(f"{at}.embedding_length")
         if ("mm", "proj_blk", n_layers - 1) not in w:
-            raise InvalidModelError(f"{v.arch}.{at}.block_count is {n_layers}, but no tensor is named mm.proj_blk.{n_layers - 1}")
+            raise InvalidModelError(f"{v.key(f'{at}.block_count')} is {n_layers}, but no tensor is named mm.proj_blk.{n_layers - 1}")
         return cls(n_layers, v.size(f"{at}.query_count"), width, v.size(f"{at}.feed_forward_length"), head_count(v, width, f"{at}.attention.head_count"),
-                   v.number(f"{at}.attention.layer_norm_epsilon"), known_activation(v, f"{at}.hidden_act", "gelu"),
+                   v.number(f"{at}.attention.layer_norm_epsilon", above=0.0), known_activation(v, f"{at}.hidden_act", "gelu"),
                    v.size(f"{at}.cross_attention_frequency"))
 
 

@@ -62,7 +62,7 @@ class TowerConfig:
         neither = "quick_gelu" if w["v"].shape("class_embd") else "gelu_pytorch_tanh"
         return cls(
             n_layers=count, width=width, d_ff=mlp_width(w["v", "blk", 0], width), n_heads=head_count(v, width, step=1),
-            eps=v.number("vision.attention.layer_norm_epsilon", EPS), act=activation(v, "gelu", neither), features=feature_layers(v, count),
+            eps=v.number("vision.attention.layer_norm_epsilon", EPS, above=0.0), act=activation(v, "gelu", neither), features=feature_layers(v, count),
             tile=v.size("vision.image_size"), patch=v.size("vision.patch_size"), mean=mean, std=std, resample=resample_filter(v, BICUBIC))
 
 
@@ -73,7 +73,7 @@ def feature_layers(v: Hparams, count: int) -> tuple[int, ...]:
         return (count,)
     layers = tuple(int(i) for i in found)
     if not layers or not all(0 <= i <= count for i in layers):
-        raise InvalidModelError(f"{v.arch}.vision.feature_layer is {list(layers)}, but the file has {count} layers")
+        raise InvalidModelError(f"{v.key('vision.feature_layer')} is {list(layers)}, but the file has {count} layers")
     return layers
 
 

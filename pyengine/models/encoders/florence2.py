@@ -86,12 +86,12 @@ class Stage:
         names = ("block_count", "embedding_length", "kernel_size", "stride", "padding", "norm_first", "head_count", "group_count")
         lists = [whole_numbers(v, f"vision.stage.{name}", ()) for name in names]
         if not lists[0] or len({len(numbers) for numbers in lists}) != 1:
-            raise InvalidModelError(f"{v.arch}.vision.stage.*: lists of {[len(numbers) for numbers in lists]} numbers, one for each stage is needed")
+            raise InvalidModelError(f"{v.key('vision.stage')}.*: lists of {[len(numbers) for numbers in lists]} numbers, one for each stage is needed")
         window, act, n_in, side, stages = v.size("vision.window_size"), known_activation(v, "vision.hidden_act", "gelu"), 3, tile, []
         for n_blocks, width, kernel, stride, padding, first, n_heads, n_groups in zip(*lists):
             side = (side + 2 * padding - kernel) // max(stride, 1) + 1
             if min(width, kernel, stride, n_heads, n_groups, side) < 1 or width % n_heads or width // n_heads % 4 or width % n_groups:
-                raise InvalidModelError(f"{v.arch}.vision.stage.*: {width} channels in {n_heads} heads, whose elements must be a multiple of 4, and "
+                raise InvalidModelError(f"{v.key('vision.stage')}.*: {width} channels in {n_heads} heads, whose elements must be a multiple of 4, and "
                                         f"{n_groups} groups; windows of {kernel} with steps of {stride} over {side} places are not possible")
             stages.append(cls(n_blocks, n_in, width, kernel, stride, padding, bool(first), n_heads, n_groups, side, window, act))
             n_in = width

@@ -54,7 +54,7 @@ class VisionConfig:
                    width=v.size("vision.preproc_image_width"), padding=v.get("vision.padding_value", 1, int), mean=mean, std=std,
                    resample=resample_filter(v, BILINEAR))
         if made.height % made.patch or made.width % made.patch or not 0 <= made.padding < 256:
-            raise InvalidModelError(f"{v.arch}.vision: pictures of up to {made.width} x {made.height} pixels with padding of {made.padding}: whole "
+            raise InvalidModelError(f"{v.key('vision')}: pictures of up to {made.width} x {made.height} pixels with padding of {made.padding}: whole "
                                     f"patches of {made.patch} pixels and a level from 0 to 255 are needed")
         return made
 

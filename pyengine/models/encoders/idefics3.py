@@ -75,10 +75,10 @@ class VisionConfig(EncoderConfig):
             **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=LANCZOS), tile=tile,
             group=v.size("vision.projector.scale_factor", 2), longest_edge=v.size("vision.preproc_image_size", 4 * tile),
             splitting=v.get("vision.image_splitting", True, bool), video_edge=v.size("vision.video_preproc_image_size", tile),
-            frames=v.size("vision.video_max_frames", FRAMES), fps=v.number("vision.video_fps", FPS),
+            frames=v.size("vision.video_max_frames", FRAMES), fps=v.number("vision.video_fps", FPS, above=0.0),
             sample_lists=v.get("vision.video_sample_frames", False, bool))
         if made.side % made.group or not made.side:
-            raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are no groups of {made.group}")
+            raise InvalidModelError(f"{v.key('vision')}: {made.side} patches along a side are no groups of {made.group}")
         return made
 
 

@@ -32,8 +32,8 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels, only_pictures, special_token, squeezed,
-    token_or_text, whole_option)
+    by_table, common, cut_patches, EncoderAttention, EncoderConfig, EncoderFeedForward, grouped, levels, only_pictures, PIXELS,
+    special_token, squeezed, TILES, token_or_text, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding, RMSNorm
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ class VisionConfig(EncoderConfig):
     def read(cls, h: Hparams, v: Hparams, w: Weights) -> VisionConfig:
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         made = cls(
-            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), tile=v.size("vision.image_size"),
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), tile=v.size("vision.image_size", most=PIXELS),
             group=v.size("vision.projector.scale_factor", 2),
-            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)))
+            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST, most=TILES)))
         if made.side % made.group or not made.side:
-            raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are no groups of {made.group}")
+            raise InvalidModelError(f"{v.key('vision')}: {made.side} patches along a side are no groups of {made.group}")
         if made.tiles[0] > made.tiles[1]:
-            raise InvalidModelError(f"{v.arch}.vision: {made.tiles[0]} tiles at least, but {made.tiles[1]} at most")
+            raise InvalidModelError(f"{v.key('vision')}: {made.tiles[0]} tiles at least, but {made.tiles[1]} at most")
         return made
 
 

@@ -44,7 +44,7 @@ class Vision(Encoder):
         self.tower, d = Tower(w["v"], c, post_norm=True), h.size("embedding_length")
         self.least = v.size("vision.preproc_min_size", LEAST)
         if self.least > c.tile:
-            raise InvalidModelError(f"{v.arch}.vision.preproc_min_size is {self.least} for squares of {c.tile} pixels")
+            raise InvalidModelError(f"{v.key('vision.preproc_min_size')} is {self.least} for squares of {c.tile} pixels")
         self.first, self.second = Linear(w["mm", 0], self.tower.width, d), Linear(w["mm", 1], d, d)
         marker, self.start, self.end = (special_token(v, name, token, text) for name, text in TOKENS)
         self.markers = {"image": (marker,)}

@@ -67,11 +67,11 @@ class VisionConfig:
         aspect = v.get("vision.image_aspect_ratio", "pad", str)
         known = ASPECT.fullmatch(aspect)
         if known is None:
-            raise UnsupportedModelError(f"{v.arch}.vision.image_aspect_ratio is {aspect!r}; pad, crop, anyres and anyres_max_9 are supported")
+            raise UnsupportedModelError(f"{v.key('vision.image_aspect_ratio')} is {aspect!r}; pad, crop, anyres and anyres_max_9 are supported")
         c = cls(d_out=h.size("embedding_length"), projector_act=known_activation(v, "vision.projector.hidden_act", "gelu"),
                 grids=_grids(v, v.size("vision.image_size")), crop=aspect == "crop", most_tiles=int(known[1] or 0))
         if c.most_tiles and not c.grids:
-            raise InvalidModelError(f"{v.arch}.vision.image_aspect_ratio is {aspect!r}, but there are no vision.image_grid_pinpoints")
+            raise InvalidModelError(f"{v.key('vision.image_aspect_ratio')} is {aspect!r}, but there are no vision.image_grid_pinpoints")
         return c
 
 
@@ -80,7 +80,7 @@ def _grids(v: Hparams, tile: int) -> tuple[tuple[int, int], ...]:
     found = v.get("vision.image_grid_pinpoints", None, np.ndarray)
     sides = [] if found is None else [int(n) for n in found]
     if len(sides) % 2 or any(n < tile or n % tile for n in sides):
-        raise InvalidModelError(f"{v.arch}.vision.image_grid_pinpoints is {sides}: pairs of multiples of {tile} are needed")
+        raise InvalidModelError(f"{v.key('vision.image_grid_pinpoints')} is {sides}: pairs of multiples of {tile} are needed")
     return tuple((sides[i] // tile, sides[i + 1] // tile) for i in range(0, len(sides), 2))
 
 

@@ -33,7 +33,8 @@ from pyengine.models.encoders.clip import MEAN, STD
 from pyengine.models.encoders.llava import fitted
 from pyengine.nn.convolution import adaptive_average, Bottleneck
 from pyengine.nn.encoder import (
-    by_table, common, cut_patches, EncoderBlock, EncoderConfig, levels, only_pictures, special_token, whole_option)
+    by_table, common, cut_patches, EncoderBlock, EncoderConfig, levels, only_pictures, PIXELS, special_token, TILES,
+    whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ class VisionConfig(EncoderConfig):
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         patch = v.size("vision.patch_size")
         made = cls(
-            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), side=v.size("vision.image_size") // patch,
+            **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC), side=v.size("vision.image_size", most=PIXELS) // patch,
             to=v.size("vision.projector.query_side"), inner=v.size("vision.projector.embedding_length"),
-            depth=v.size("vision.projector.block_count"), norm_eps=v.number("vision.projector.layer_norm_epsilon"),
-            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST)))
+            depth=v.size("vision.projector.block_count"), norm_eps=v.number("vision.projector.layer_norm_epsilon", above=0.0),
+            tiles=(v.size("vision.preproc_min_tiles", LEAST), v.size("vision.preproc_max_tiles", MOST, most=TILES)))
         if not 1 <= made.to <= made.side:
-            raise InvalidModelError(f"{v.arch}.vision: {made.side} patches along a side are averaged to {made.to}")
+            raise InvalidModelError(f"{v.key('vision')}: {made.side} patches along a side are averaged to {made.to}")
         if made.tiles[0] > made.tiles[1]:
-            raise InvalidModelError(f"{v.arch}.vision: {made.tiles[0]} sub-images at least, but {made.tiles[1]} at most")
+            raise InvalidModelError(f"{v.key('vision')}: {made.tiles[0]} sub-images at least, but {made.tiles[1]} at most")
         return made
 
 

@@ -33,7 +33,7 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.convolution import Conv2d, pointwise
-from pyengine.nn.encoder import levels, mean_and_std, only_pictures, resample_filter, special_token
+from pyengine.nn.encoder import levels, mean_and_std, only_pictures, PIXELS, resample_filter, special_token
 from pyengine.nn.layers import constant, RMSNorm
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def widths(w: Weights) -> tuple[int, int, int]:
     """Return a convolution's (channels it makes, channels of a group, side of its window). Raises: InvalidModelError."""
     shape = w.shape("weight")
     if shape is None or len(shape) not in (2, 4) or len(shape) == 4 and shape[2] != shape[3] or 0 in shape:
-        raise InvalidModelError(f"{w!r}: weight has shape {shape}; [out, in, k, k] is needed")
+        raise InvalidModelError(f"{w.place}: weight has shape {shape}; [out, in, k, k] is needed")
     return shape[0], shape[1], shape[2] if len(shape) == 4 else 1
 
 
@@ -120,7 +120,7 @@ class Attention:
         self.head_dim, (wide, _, _) = widths(a["key", "proj"])[0], widths(a["query", "proj"])
         self.width = widths(a["output", "proj"])[0]
         if stride != 1 or wide % self.head_dim:
-            raise InvalidModelError(f"{w!r}: attention with a stride of {stride}, and queries of {wide} for keys of {self.head_dim}")
+            raise InvalidModelError(f"{w.place}: attention with a stride of {stride}, and queries of {wide} for keys of {self.head_dim}")
         self.query, self.out = pointwise(a["query", "proj"], n_in, wide), pointwise(a["output", "proj"], wide, self.width)
         self.seen = []                                                             # of keys, of values: what thins them out, and the product
         for name in ("key", "value"):
@@ -165,7 +165,7 @@ class Tower:
                 width, side = found.width, found.side
             ends.append((width, side))
         if len(ends) < 2 or ends[-2][1] < tokens:
-            raise InvalidModelError(f"{w!r}: stages end in (channels, side) {ends}; two are needed, the one before the last of {tokens} pixels or more")
+            raise InvalidModelError(f"{w.place}: stages end in (channels, side) {ends}; two are needed, the one before the last of {tokens} pixels or more")
         self.side = ends[-2][1]
         self.fusion = Inverted(w["msfa", "ffn"], ends[-2][0] + ends[-1][0], self.side, 1, alone=True)
         self.width, self.norm = self.fusion.width, RMSNorm(w["msfa", "norm"], self.fusion.width, EPS)
@@ -190,10 +190,10 @@ class Vision(Encoder):
 
     def __init__(self, files: EncoderFiles):
         h, v, w, token = files
-        self.side, tokens = v.size("vision.image_size"), v.size("vision.tokens_per_image", TOKENS)
+        self.side, tokens = v.size("vision.image_size", most=PIXELS), v.size("vision.tokens_per_image", TOKENS)
         if math.isqrt(tokens) ** 2 != tokens:
-            raise InvalidModelError(f"{v.arch}.vision.tokens_per_image is {tokens}: not a square")
-        self.tokens, self.eps, self.resample = tokens, v.number("vision.attention.layer_norm_epsilon", EPS), resample_filter(v, BILINEAR)
+            raise InvalidModelError(f"{v.key('vision.tokens_per_image')} is {tokens}: not a square")
+        self.tokens, self.eps, self.resample = tokens, v.number("vision.attention.layer_norm_epsilon", EPS, above=0.0), resample_filter(v, BILINEAR)
         self.start = special_token(v, "image_start", token, "<start_of_image>")
         self.markers = {"image": (special_token(v, "image", token, "<image_soft_token>"),)}
         self.levels = levels(*mean_and_std(v, NO_MEAN, NO_STD))                         # [3, 256]
@@ -203,7 +203,7 @@ class Vision(Encoder):
         width, table = self.tower.width, mm["embedding"].shape("weight")
         self.end = v.get("vision.image_end_row", 0, int)
         if table is None or len(table) != 2 or not 0 <= self.end < table[0]:
-            raise InvalidModelError(f"{v.arch}: mm.embedding.weight has shape {table}, and row {self.end} is the end of a picture")
+            raise InvalidModelError(f"{v.key('vision')}: mm.embedding.weight has shape {table}, and row {self.end} is the end of a picture")
         self.table = constant(mm["embedding"].tensor("weight", (table[0], width)))
         self.soft, self.hard = RMSNorm(mm["soft_emb_norm"], width, self.eps), RMSNorm(mm["hard_emb_norm"], width, self.eps)
         self.project = pointwise(mm["input_projection"], width, h.size("embedding_length"))

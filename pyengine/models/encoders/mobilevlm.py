@@ -47,7 +47,7 @@ class Block:
         self.conv, self.conv_norm = DepthwiseConv(w["block", 0, 0], d, WINDOW, stride), LayerNorm(w["block", 0, 1], d, EPS)
         squeezed = w["block", 1, "fc1"].shape("weight")
         if not squeezed:
-            raise InvalidModelError(f"{w!r}: block.1.fc1.weight is missing")
+            raise InvalidModelError(f"{w.place}: block.1.fc1.weight is missing")
         self.squeeze, self.excite = pointwise(w["block", 1, "fc1"], d, squeezed[0]), pointwise(w["block", 1, "fc2"], squeezed[0], d)
         self.out, self.out_norm = pointwise(w["block", 2, 0], d, d), LayerNorm(w["block", 2, 1], d, EPS)
         self.added = stride == 1
@@ -82,7 +82,7 @@ class Vision(Encoder):
             self.markers = {"image": ()}
         if self.second_kind:
             if self.side % 2:
-                raise InvalidModelError(f"{v.arch}: {self.side} x {self.side} patches have no means of 2 x 2")
+                raise InvalidModelError(f"{v.key('vision')}: {self.side} x {self.side} patches have no means of 2 x 2")
             self.first, self.second = Linear(mm["mlp", 0], self.tower.width, d), Linear(mm["mlp", 2], d, d)
             self.conv = DepthwiseConv(mm["peg", 0], d, WINDOW)
         else:

@@ -35,8 +35,8 @@ from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.models.encoders.clip import MEAN, STD
 from pyengine.nn.encoder import (
-    common, cut_patches, EncoderBlock, EncoderConfig, grouped, n_layers, only_pictures, special_token, whole_numbers,
-    whole_option)
+    common, cut_patches, EncoderBlock, EncoderConfig, grouped, n_layers, only_pictures, PIXELS, special_token, TILES,
+    whole_numbers, whole_option)
 from pyengine.nn.layers import constant, LayerNorm, Linear, mlp_width, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -71,12 +71,12 @@ class VisionConfig(EncoderConfig):
         margins = whole_numbers(v, "vision.preproc_overlap_margins", MARGINS)
         made = cls(
             **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BILINEAR),
-            features=whole_numbers(v, "vision.feature_layer", (count,)), side=v.size("vision.image_size") // patch,
-            group=v.size("vision.projector.scale_factor", GROUP), margins=margins, crops=v.size("vision.preproc_max_tiles", CROPS))
+            features=whole_numbers(v, "vision.feature_layer", (count,)), side=v.size("vision.image_size", most=PIXELS) // patch,
+            group=v.size("vision.projector.scale_factor", GROUP), margins=margins, crops=v.size("vision.preproc_max_tiles", CROPS, most=TILES))
         if not made.features or max(made.features) > count:
-            raise InvalidModelError(f"{v.arch}.vision.feature_layer is {list(made.features)}, but the file has {count} layers")
+            raise InvalidModelError(f"{v.key('vision.feature_layer')} is {list(made.features)}, but the file has {count} layers")
         if len(margins) != 2 or any(n % made.group for n in (made.side, *margins)) or made.window < 1:
-            raise InvalidModelError(f"{v.arch}.vision: {made.side} patches with margins of {list(margins)} are no windows of groups of {made.group}")
+            raise InvalidModelError(f"{v.key('vision')}: {made.side} patches with margins of {list(margins)} are no windows of groups of {made.group}")
         return made
 
 

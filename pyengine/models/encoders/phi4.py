@@ -54,7 +54,7 @@ class VisionConfig(EncoderConfig):
         patch = v.size("vision.patch_size")
         least, most = (v.size(f"vision.image_{name}_pixels") // patch**2 for name in ("min", "max"))
         if not 1 <= least <= most:
-            raise InvalidModelError(f"{v.arch}.vision: pictures of {least} to {most} patches")
+            raise InvalidModelError(f"{v.key('vision')}: pictures of {least} to {most} patches")
         return cls(
             **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BILINEAR),
             side=v.size("vision.image_size") // patch, least=least, most=most)

@@ -33,8 +33,8 @@ from pyengine.graph.tensor import Tensor
 from pyengine.media.views import Limits, Piece, Processed, View
 from pyengine.models.architecture import Encoder, EncoderFiles
 from pyengine.nn.encoder import (
-    buckets, by_table, common, cut_patches, EncoderBlock, EncoderConfig, grouped, levels, only_pictures, special_token,
-    whole_option)
+    buckets, by_table, common, cut_patches, EncoderBlock, EncoderConfig, grouped, levels, only_pictures, PIXELS, special_token,
+    TILES, whole_option)
 from pyengine.nn.layers import constant, Linear, PatchEmbedding
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class VisionConfig(EncoderConfig):
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         made = cls(
             **common(h, v, w, gelu="gelu_pytorch_tanh", eps=EPS, colours=(HALF, HALF), resample=BILINEAR),
-            square=v.size("vision.image_size"), most=v.size("vision.preproc_max_tiles", MOST))
+            square=v.size("vision.image_size", most=PIXELS), most=v.size("vision.preproc_max_tiles", MOST, most=TILES))
         if made.square % made.patch or made.side % 2:
-            raise InvalidModelError(f"{v.arch}.vision: squares of {made.square} pixels have no even number of patches of {made.patch} pixels a side")
+            raise InvalidModelError(f"{v.key('vision')}: squares of {made.square} pixels have no even number of patches of {made.patch} pixels a side")
         return made
 
 

@@ -64,8 +64,8 @@ class VisionConfig(EncoderConfig):
         """Read the keys "clip.*". Raises: InvalidModelError, UnsupportedModelError."""
         return cls(
             **common(h, v, w, gelu="gelu", eps=EPS, colours=(MEAN, STD), resample=BICUBIC),
-            projector_eps=h.number("attention.layer_norm_rms_epsilon"),
-            rope_base=v.number("vision.rope.freq_base", ROPE_BASE),
+            projector_eps=h.number("attention.layer_norm_rms_epsilon", above=0.0),
+            rope_base=v.number("vision.rope.freq_base", ROPE_BASE, above=0.0),
             interleaved=v.get("vision.rope.interleaved", True, bool),
             projector_act=known_activation(v, "vision.projector.hidden_act", "gelu"),
             merge=v.size("vision.spatial_merge_size", 1),

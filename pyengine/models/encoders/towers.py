@@ -48,7 +48,7 @@ class Preparation:
         crop = v.get("vision.crop", None if "vision.resize" in v else c.tile, int)
         resize = whole_numbers(v, "vision.resize", (c.tile,))
         if len(resize) not in (1, 2) or min(resize) < 1 or crop not in (None, c.tile) or crop is None and resize != (c.tile,) * 2:
-            raise InvalidModelError(f"{v.arch}.vision: pictures resized to {list(resize)} and cut to {crop} are no squares of {c.tile} pixels")
+            raise InvalidModelError(f"{v.key('vision')}: pictures resized to {list(resize)} and cut to {crop} are no squares of {c.tile} pixels")
         return cls(resize, crop, c.resample)
 
     def pixels(self, image: Image) -> np.ndarray:
@@ -131,10 +131,10 @@ class PreNormText(TextTower):
         """Bind the tensors "t.*" by the keys "text.*". act, eps: of files without the keys."""
         d, t = h.size("text.embedding_length"), w["t"]
         c = self.config = TextConfig(h.size("text.block_count"), d, mlp_width(t["blk", 0], d), head_count(h, d, "text.attention.head_count", step=1),
-                                     h.number("text.attention.layer_norm_epsilon", eps), known_activation(h, "text.hidden_act", act))
+                                     h.number("text.attention.layer_norm_epsilon", eps, above=0.0), known_activation(h, "text.hidden_act", act))
         shape = t["token_embd"].shape("weight")
         if shape is None or len(shape) != 2:
-            raise InvalidModelError(f"{w!r}: 't.token_embd.weight' is no matrix of the file")
+            raise InvalidModelError(f"{w.place}: 't.token_embd.weight' is no matrix of the file")
         self.width, self.n_ids, self.n_ctx = d, shape[0], h.size("text.context_length")
         self.tokens, self.places = Embedding(t["token_embd"], self.n_ids, d), Embedding(t["position_embd"], self.n_ctx, d)
         self.blocks = [EncoderBlock(t["blk", i], c) for i in range(c.n_layers)]
@@ -154,7 +154,7 @@ class ClassHead:
     def __init__(self, w: Weights, width: int):
         shape = w.shape("weight")
         if shape is None or len(shape) != 2:
-            raise InvalidModelError(f"{w!r}: 'weight' is no matrix of the file")
+            raise InvalidModelError(f"{w.place}: 'weight' is no matrix of the file")
         self.n_classes, self.product = shape[0], Linear(w, width, shape[0])
 
     def __call__(self, x: Tensor) -> Tensor:                                               # [1, D] -> [1, C]

@@ -38,7 +38,7 @@ def read(h: Hparams, n_logits: int) -> DecoderConfig:
         raise InvalidModelError(f"{h.key('block_count')} is {h.size('block_count')}: a head of EAGLE-3 has one layer")
     d_model, n_heads = h.size("embedding_length"), h.size("attention.head_count")
     return DecoderConfig(1, d_model, h.size("feed_forward_length"), n_heads, h.size("attention.head_count_kv", n_heads),
-                         h.size("attention.key_length", d_model // n_heads), n_logits, h.size("context_length"), h.number("attention.layer_norm_rms_epsilon"))
+                         h.size("attention.key_length", d_model // n_heads), n_logits, h.size("context_length"), h.number("attention.layer_norm_rms_epsilon", above=0.0))
 
 
 class Head(Ahead):
@@ -55,7 +55,7 @@ class Head(Ahead):
             raise RequestError("draft: a head of EAGLE-3 has positions on one axis, and this model on several (M-RoPE)")
         if h.size("target_hidden_size") != d.d_model:
             raise RequestError(f"draft: the head was made for hidden states of {h.size('target_hidden_size')} numbers, and this model's have {d.d_model}")
-        layers = h.need("target_layers" if "target_layers" in h else "extract_layers", np.ndarray).tolist()
+        layers = h.need("extract_layers" if "extract_layers" in h else "target_layers", np.ndarray).tolist()
         if not layers or not all(type(i) is int and 0 <= i < d.n_layers for i in layers):
             raise RequestError(f"draft: the head reads what layers {layers} take, and this model has {d.n_layers} layers")
         self.layers, self.raw = layers, not h.get("norm_before_residual", False, bool)

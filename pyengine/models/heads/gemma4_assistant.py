@@ -41,7 +41,7 @@ def read(h: Hparams, w: Weights) -> gemma4.Config:
     kv_heads, widths = (sizes(h, name, n_layers) for name in ("attention.head_count_kv", "feed_forward_length"))
     return gemma4.Config(
         n_layers=n_layers, d_model=h.size("embedding_length"), d_ff=max(widths), n_heads=h.size("attention.head_count"), n_kv_heads=max(kv_heads),
-        head_dim=max(of_kind.values()), vocab_size=vocab_size(w), n_ctx_train=h.size("context_length"), eps=h.number("attention.layer_norm_rms_epsilon"),
+        head_dim=max(of_kind.values()), vocab_size=vocab_size(w), n_ctx_train=h.size("context_length"), eps=h.number("attention.layer_norm_rms_epsilon", above=0.0),
         window=h.window(), sliding=sliding, heads=tuple((n, of_kind[slides]) for n, slides in zip(kv_heads, sliding)), owners=(-1,) * n_layers,
         widths=widths, d_own=0, n_experts=0, n_used=0, d_expert=0, final_softcap=0.0)
 

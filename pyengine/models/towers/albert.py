@@ -24,7 +24,7 @@ class Text(SentenceTower):
     separators = 1
 
     def __init__(self, h: Hparams, w: Weights):
-        d, eps, act = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12), known_activation(h, "hidden_act", "gelu_new")
+        d, eps, act = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12, above=0.0), known_activation(h, "hidden_act", "gelu_new")
         self.n_ids, e = table(w, "token_embd")
         self.width, self.n_ctx = d, h.size("context_length")
         self.tokens, self.places = Embedding(w["token_embd"], self.n_ids, e), Embedding(w["position_embd"], self.n_ctx, e)

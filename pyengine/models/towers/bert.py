@@ -26,7 +26,7 @@ class Text(SentenceTower):
     def __init__(self, h: Hparams, w: Weights):
         if h.get("attention.causal", False, bool):
             raise UnsupportedModelError(f"{h.key('attention.causal')}: texts that see what stands before them only are not supported here")
-        d, eps = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12)
+        d, eps = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12, above=0.0)
         self.width, self.n_ids, self.n_ctx = d, table(w, "token_embd")[0], h.size("context_length")
         self.tokens, self.places = Embedding(w["token_embd"], self.n_ids, d), Embedding(w["position_embd"], self.n_ctx, d)
         self.parts = PartEmbedding(w, d) if "token_types" in w else None

@@ -38,7 +38,7 @@ def projection(w: Weights, width: int) -> Linear:
     """Bind a projection to vectors, without a bias."""
     shape = w.shape("weight")
     if shape is None or len(shape) != 2:
-        raise InvalidModelError(f"{w!r}: 'weight' is no matrix of the file")
+        raise InvalidModelError(f"{w.place}: 'weight' is no matrix of the file")
     return Linear(w, width, shape[0])
 
 

@@ -44,7 +44,7 @@ class Text(SentenceTower):
         half = c.window // 2
         self.sliding = [half > 0 and slides for slides in c.sliding]
         self.windows = (half,) if any(self.sliding) else ()
-        self.ropes = rope(h, w, c.head_dim, interleaved=False).at(self.n_ctx), plain_rope(h.number("rope.freq_base_swa", LOCAL_ROPE_BASE), c.head_dim)
+        self.ropes = rope(h, w, c.head_dim, interleaved=False).at(self.n_ctx), plain_rope(h.number("rope.freq_base_swa", LOCAL_ROPE_BASE, above=0.0), c.head_dim)
         self.hold(TextHeads(h, w, c.d_model))
 
     def declare(self, texts: Texts) -> dict[str, Tensor]:

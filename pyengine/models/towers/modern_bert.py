@@ -62,7 +62,7 @@ class Text(SentenceTower):
 
     def __init__(self, h: Hparams, w: Weights):
         d, n_heads, n_layers = h.size("embedding_length"), h.size("attention.head_count"), h.size("block_count")
-        eps, act = h.number("attention.layer_norm_epsilon", 1e-5), known_activation(h, "hidden_act", "gelu")
+        eps, act = h.number("attention.layer_norm_epsilon", 1e-5, above=0.0), known_activation(h, "hidden_act", "gelu")
         self.width, self.n_ids, self.n_ctx = d, table(w, "token_embd")[0], h.size("context_length")
         self.tokens, self.norm = Embedding(w["token_embd"], self.n_ids, d), LayerNorm(w["token_embd_norm"], d, eps, biased=None)
         half = h.window() // 2
@@ -71,7 +71,7 @@ class Text(SentenceTower):
         sizes = d, h.size("feed_forward_length"), n_heads
         self.blocks = [Block(w["blk", i], sizes, eps, act, half if slides else 0) for i, slides in enumerate(self.sliding)]
         self.last_norm = LayerNorm(w["output_norm"], d, eps, biased=None)
-        self.ropes = [plain_rope(h.number(name, base), d // n_heads)
+        self.ropes = [plain_rope(h.number(name, base, above=0.0), d // n_heads)
                       for name, base in (("rope.freq_base", GLOBAL_BASE), ("rope.freq_base_swa", LOCAL_BASE))]
         self.hold(TextHeads(h, w, d, eps=eps, class_act="gelu"))
 

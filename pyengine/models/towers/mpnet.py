@@ -26,7 +26,7 @@ class Text(SentenceTower):
     separators = 2
 
     def __init__(self, h: Hparams, w: Weights):
-        d, eps, n_heads = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12), h.size("attention.head_count")
+        d, eps, n_heads = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12, above=0.0), h.size("attention.head_count")
         self.width, self.n_ids, self.n_ctx = d, table(w, "token_embd")[0], h.size("context_length")
         self.tokens, self.places = Embedding(w["token_embd"], self.n_ids, d), Embedding(w["position_embd"], self.n_ctx, d)
         self.norm, self.distances = LayerNorm(w["token_embd_norm"], d, eps), RelativeBias(w["attn_rel_b"], n_heads, BUCKETS, FARTHEST, bidirectional=True)

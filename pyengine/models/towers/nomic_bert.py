@@ -26,13 +26,13 @@ class Text(SentenceTower):
     act: ClassVar[str] = "silu"
 
     def __init__(self, h: Hparams, w: Weights):
-        d, eps, n_heads = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12), h.size("attention.head_count")
+        d, eps, n_heads = h.size("embedding_length"), h.number("attention.layer_norm_epsilon", 1e-12, above=0.0), h.size("attention.head_count")
         self.width, self.n_ids, self.n_ctx = d, table(w, "token_embd")[0], h.size("context_length")
         self.tokens, self.norm = Embedding(w["token_embd"], self.n_ids, d), LayerNorm(w["token_embd_norm"], d, eps)
         self.parts = PartEmbedding(w, d) if "token_types" in w else None
         sizes = d, h.size("feed_forward_length"), n_heads
         self.blocks = [self.block(h, w["blk", i], i, sizes, eps) for i in range(h.size("block_count"))]
-        self.rope = plain_rope(h.number("rope.freq_base", 1000.0), d // n_heads)           # transformers NomicBertConfig.default_theta
+        self.rope = plain_rope(h.number("rope.freq_base", 1000.0, above=0.0), d // n_heads)           # transformers NomicBertConfig.default_theta
         self.hold(TextHeads(h, w, d, act=self.act, eps=eps))
 
     def block(self, h: Hparams, w: Weights, i: int, sizes: tuple[int, int, int], eps: float) -> PostNormBlock:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from pyengine import ops
 from pyengine.dtype import dtype
-from pyengine.errors import InvalidModelError
 from pyengine.files.hparams import Hparams
 from pyengine.files.weights import Weights
 from pyengine.graph.tensor import Tensor
 from pyengine.models.architecture import Towers
 from pyengine.models.towers import nomic_bert
+from pyengine.nn.decoder import used_experts
 from pyengine.nn.layers import constant, Experts, Linear
 from pyengine.nn.text_encoder import PostNormBlock
 
@@ -24,9 +24,7 @@ class Mixture:
     """Plain feed-forwards of which a router picks some for each row, and a row that is added to their sum."""
 
     def __init__(self, h: Hparams, w: Weights, width: int, d_ff: int, act: str):
-        n, self.n_used = h.size("expert_count"), h.size("expert_used_count")
-        if self.n_used > n:
-            raise InvalidModelError(f"{h.key('expert_used_count')} is {self.n_used} of {n} experts")
+        n, self.n_used = h.size("expert_count"), used_experts(h)
         self.router = Linear(w["ffn_gate_inp"], width, n)
         self.experts = Experts(w, n, width, d_ff, ("ffn_up_exps", "ffn_down_exps"), activation=act)
         bias = w["ffn_exps"].optional("bias", (width,))
