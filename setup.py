@@ -64,6 +64,8 @@ class Build(build_ext):
             write_abi(folder / "_abi.py")
             if sysconfig.get_platform().startswith("macosx") and folder != ROOT / "pyengine":
                 copy_metal(folder / "_metal")
+        if left := rules.left_out(machine, self.compiler.compiler):
+            print(f"setup.py: not built, since {' '.join(self.compiler.compiler)} cannot: {', '.join(left)}", file=sys.stderr)
         jobs = [(source, isa, [*rules.C_FLAGS, *flags]) for source, isa, flags in rules.objects(machine, self.compiler.compiler)]
         if "ziglang" in os.environ.get("CC", ""):
             jobs = [(source, isa, [rules.ZIG_WORDS.get(f, f) for f in flags]) for source, isa, flags in jobs]

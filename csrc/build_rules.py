@@ -18,18 +18,28 @@ _X86 = {
     "avxvnni": [*_AVX2, "-mavxvnni"],                  # GCC 11, clang 12
     "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mprefer-vector-width=512"],
 }
-_ARM = {"generic": [], "neon": ["-march=armv8.2-a+dotprod+fp16"], "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"]}
+_ARM = {
+    "generic": [],
+    "neon": ["-march=armv8.2-a+dotprod+fp16"],
+    "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"],
+    "sme": ["-march=armv8.2-a+dotprod+fp16+i8mm+sme"],  # clang 18
+}
 _ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
-# An instruction set that differs from another one in products of bytes only: for it these files are compiled, and a table of their kernels
-# (`codegen.generate` writes it); all other kernels are those of the set named (cpu/isa.c).
+# An instruction set that differs from another one in products with weights only: for it these files are compiled, and a table of their
+# kernels (`codegen.generate` writes it); all other kernels are those of the set named (cpu/isa.c).
 PRODUCTS = sorted([*CSRC.glob("cpu/linear*.c"), CSRC / "cpu" / "experts.c"])
 TABLES = {"products": PRODUCTS}
-PARTIAL = {"avxvnni": "avx2"}
+PARTIAL = {"avxvnni": "avx2", "sme": "i8mm"}
+
+# What a compiler must be able to read, beside the flags, to build a partial set. GCC, which knows SME from 14 on, makes vectors of SVE out of
+# ordinary code too where it is told of SME, and Apple's processors run SVE in streaming mode only.
+_READS = {"sme": "#include <arm_sme.h>\n#if !defined(__clang__)\n#error\n#endif\n"}
 
 # zig names processors by -mcpu with LLVM's words for features.
 ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16",
-             "-march=armv8.2-a+dotprod+fp16+i8mm": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm"}
+             "-march=armv8.2-a+dotprod+fp16+i8mm": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm",
+             "-march=armv8.2-a+dotprod+fp16+i8mm+sme": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm+sme"}
 
 # -ffp-contract=off: whether products and sums are fused is said in simd.h and never left to the compiler.
 COMMON = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-fPIC", "-fvisibility=hidden",
@@ -58,16 +68,22 @@ def sanitizer(name: str) -> list[str]:
 def isas(machine: str, compiler: Sequence[str] = ()) -> dict[str, list[str]]:
     """The instruction sets built for a machine (as `platform.machine()` names it), with the flags of each.
 
-    compiler: a command; partial sets whose flags it does not know, being older than they are, are left out.
+    compiler: a command; partial sets that it does not know are left out: it is older than they are, or `_READS` says what it lacks.
     """
     found = _ISAS.get(machine, {"generic": []})
-    return {isa: flags for isa, flags in found.items() if not compiler or isa not in PARTIAL or _knows(tuple(compiler), tuple(flags))}
+    return {isa: flags for isa, flags in found.items() if not compiler or isa not in PARTIAL or _knows(tuple(compiler), tuple(flags), isa)}
+
+
+def left_out(machine: str, compiler: Sequence[str]) -> list[str]:
+    """The instruction sets of a machine that this compiler, a command, cannot build."""
+    return sorted(isas(machine).keys() - isas(machine, compiler).keys())
 
 
 @functools.cache
-def _knows(compiler: Sequence[str], flags: Sequence[str]) -> bool:
-    command = [*compiler, *flags, "-E", "-x", "c", os.devnull, "-o", os.devnull]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+def _knows(compiler: Sequence[str], flags: Sequence[str], isa: str) -> bool:
+    words = [ZIG_WORDS.get(f, f) for f in flags] if "ziglang" in compiler else flags
+    command = [*compiler, *words, "-E", "-x", "c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=_READS.get(isa, ""), text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def have(isas: Iterable[str]) -> list[str]:

@@ -176,7 +176,7 @@ PE_KERNEL(cpu, expert_linear)(const pe_tensor *x, const pe_tensor *const *w, int
   pe_tensor one[2], next_one[2];
   const pe_tensor *matrices[2] = {&one[0], &one[1]};
   linear_job t = {.w = matrices, .out = &out, .n_w = n_w, .n_sets = 1, .m = pairs, .k = k, .rows = linear_block(pairs),
-                  .q = q, .h = (const float *)h, .ldh = hrow / 4, .order = order};
+                  .q = q, .h = (const float *)h, .ldh = hrow / 4, .order = order, .thread = s->ith};
   t.p.glu = p->glu;
   one[0] = expert_of(w[0], 0);
   const deal d = deal_out(&one[0], n_w > 1, ends, experts, s->nth);

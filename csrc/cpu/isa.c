@@ -24,6 +24,10 @@ extern const pe_kernel_entry pe_avxvnni_kernels[];
 static int has_avxvnni(void) { return pe_x86_ask().avxvnni; }
 #endif
 
+#if defined(PE_HAVE_sme)
+extern const pe_kernel_entry pe_sme_kernels[];
+#endif
+
 #if defined(PE_HAVE_i8mm)
 extern const pe_kernel_entry pe_i8mm_kernels[];
 extern pe_status pe_i8mm_quantize(int32_t, const float *, void *, int64_t);
@@ -48,18 +52,42 @@ static int has_neon(void) {
   return (caps & HWCAP_ASIMDDP) && (caps & HWCAP_ASIMDHP);
 }
 static int has_i8mm(void) { return has_neon() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
+#if defined(PE_HAVE_sme)
+static int has_outer_products(void) {
+  const unsigned long all = 1ul << 23 | 1ul << 26 | 1ul << 29; /* HWCAP2_SME, HWCAP2_SME_I8I32, HWCAP2_SME_F32F32 */
+  return (getauxval(AT_HWCAP2) & all) == all;
+}
+#endif
 #else
 static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine has dot products */
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
-static int has_i8mm(void) { /* M2 and later */
+static int says(const char *name) {
   int has = 0;
   size_t size = sizeof has;
-  return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, 0, 0) && has;
+  return !sysctlbyname(name, &has, &size, 0, 0) && has;
 }
+static int has_i8mm(void) { return says("hw.optional.arm.FEAT_I8MM"); } /* M2 and later */
+#if defined(PE_HAVE_sme)
+static int has_outer_products(void) { /* M4 and later */
+  return says("hw.optional.arm.FEAT_SME") && says("hw.optional.arm.SME_I8I32") && says("hw.optional.arm.SME_F32F32");
+}
+#endif
 #else
 static int has_i8mm(void) { return 0; } /* Windows has no word for it that all its versions know */
+#if defined(PE_HAVE_sme)
+static int has_outer_products(void) { return 0; }
 #endif
+#endif
+#endif
+#if defined(PE_HAVE_sme)
+/* Kernels are written for vectors of 64 bytes in streaming mode. Linux gives a process 32 where nobody asks for more (sme_default_vector_length). */
+static int has_sme(void) {
+  uint64_t bytes;
+  if (!has_i8mm() || !has_outer_products()) return 0;
+  __asm__(".inst 0x04bf5820\n\tmov %0, x0" : "=r"(bytes) : : "x0"); /* rdsvl x0, #1 */
+  return bytes == 64;
+}
 #endif
 #endif
 
@@ -77,6 +105,9 @@ const pe_isa pe_isas[] = {
 #endif
 #if defined(PE_HAVE_avx2)
   {"avx2", pe_avx2_kernels, 0, has_avx2, pe_avx2_quantize, pe_avx2_nearest},
+#endif
+#if defined(PE_HAVE_sme)
+  {"sme", pe_sme_kernels, pe_i8mm_kernels, has_sme, pe_i8mm_quantize, pe_i8mm_nearest},
 #endif
 #if defined(PE_HAVE_i8mm)
   {"i8mm", pe_i8mm_kernels, 0, has_i8mm, pe_i8mm_quantize, pe_i8mm_nearest},

@@ -20,7 +20,8 @@
  * twentieth of it (2026-11, Zen 5).
  *
  * Scratch: quantized rows (shared, or each thread's own where rows are few), and for each thread its panel, the sums
- * of a strip [panel][rows of a block][16 PANEL_GROUPS], as many of slices where those are longer than a panel, and a packed copy of the panel where weights are in the file's layout.
+ * of a strip [panel][rows of a block][16 PANEL_GROUPS], as many of slices where those are longer than a panel, a packed copy of the panel where weights are in the file's layout, and for SME
+ * a panel's k of the rows, turned.
  */
 #include "codes.h"
 #include "linear_parts.h"
@@ -123,12 +124,13 @@ void linear_own_memory(linear_places *y, int64_t at, int64_t rows, int64_t k, li
   y->acc = y->rows + (floats ? 64 * FILE_PANEL_DEPTH : 0);
   y->part = y->acc + rows * 64 * PANEL_GROUPS * STRIP_PANELS; /* with glu, half as wide and twice */
   y->copy = y->part + (floats || linear_slice(k) > PANEL_STEPS ? y->part - y->acc : 0);
-  y->own = y->copy + needs.copy;
+  y->turned = y->copy + needs.copy;
+  y->own = y->turned + pe_round_up(rows, 16) * TURNED_ROW;
 }
 
 linear_places linear_memory(int64_t m, int64_t k, linear_needs needs, int normed) {
   const int quantized = needs.quantized, floats = needs.floats;
-  linear_places y = {0, 0, 0, 0, 0, 0, 0, 0, 0};
+  linear_places y = {0};
   const int64_t row = quantized ? linear_row(k) : 0, hrow = normed ? linear_float_row(k) : 0;
   y.h = m > ROWS_FEW ? m * row : 0;
   y.shared = y.h + (m > ROWS_FEW && floats ? m * hrow : 0);
@@ -200,7 +202,7 @@ pe_status linear_multiply(const linear_job *t, const pe_tensor *w, int64_t g0, i
                             .panels = panels, .bytes = group_bytes(w), .next = next, .rows = rows,
                             .ldq = linear_row(t->k), .q = t->q + row0 * linear_row(t->k), .ldh = t->ldh, .h = t->h + row0 * t->ldh,
                             .panel = own + y->panel, .dequantized = (float *)(own + y->rows), .acc = acc,
-                            .part = (float *)(own + y->part), .gather = t->gather, .row0 = row0};
+                            .part = (float *)(own + y->part), .turned = own + y->turned, .thread = t->thread, .gather = t->gather, .row0 = row0};
   return packed || !p.bytes ? product(&p) : packing_product(&p, own + y->copy);
 }
 
@@ -262,7 +264,7 @@ PE_KERNEL(cpu, linear)(const pe_tensor *x, const pe_tensor *const *w, int32_t n_
   pe_status status = check(x, w, n_w, n_bias, residual, n_out, p, s);
   if (status || m == 0 || k == 0) return status;
 
-  linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0, 0};
+  linear_job t = {w, n_bias ? bias : 0, out, residual, *p, n_w, glu ? 1 : n_w, m, k, linear_block(m), 1, 0, 0, 0, 0, 0, 0, s->ith};
   const linear_needs needs = linear_needs_of(w, n_w);
   const int quantized = needs.quantized, floats = needs.floats;
   const linear_places y = linear_memory(m, k, needs, norm != 0);

@@ -62,12 +62,13 @@ typedef struct linear_job {
   int64_t ldh;          /* floats */
   const int32_t *order; /* the row of the results that belongs to each row of x; NULL: the same */
   const linear_gather *gather; /* in place of q and h, or NULL */
+  int32_t thread;       /* the number of this one */
 } linear_job;
 
 /* Offsets of working memory for m rows at once. What the threads share comes first: quantized rows at 0, float rows at h. */
 typedef struct linear_places {
   int64_t h, shared;
-  int64_t own_h, panel, rows, acc, part, copy, own;  /* offsets in the own part of a thread, and its size */
+  int64_t own_h, panel, rows, acc, part, copy, turned, own;  /* offsets in the own part of a thread, and its size */
 } linear_places;
 
 /* What the formats of a product's weights ask for: rows of x as int8, rows as floats, bytes for a panel that is packed on its way. */

@@ -156,12 +156,40 @@ void PE_NAME(linear_few_floats)(const linear_product *t) {
   }
 }
 
+/* A panel times all rows of x. turned: of SME; else NULL. */
+static void panel_times_rows(const linear_product *t, int64_t groups, panel_floats panel, int64_t count, const uint8_t *const ahead[PANEL_GROUPS],
+                             const float *x, int64_t ld, const char *turned, linear_target to) {
+  const int64_t lines = t->packed ? count * pe_format_of(t->id).bytes / 4 : 0; /* of a cache */
+#if defined(PE_SME)
+  if (turned) {
+    for (int64_t i = 0; i < lines; i++) __builtin_prefetch(ahead[0] + 64 * i, 0, 2);
+    PE_NAME(linear_sme_floats)(panel.at, panel.step, count, (const float *)turned, t->rows, to);
+    return;
+  }
+#endif
+  (void)turned;
+  float_tile(groups, panel, count, ahead, lines, x, ld, t->rows, to);
+}
+
+/* Rows of x turned for SME's tiles; NULL: others multiply. */
+static const char *turned_rows(const linear_product *t, const float *x, int64_t ld, int64_t count) {
+#if defined(PE_SME)
+  if (t->rows >= SME_ROWS && PE_NAME(linear_sme_is_free)()) {
+    PE_NAME(linear_sme_turn)(x, 4 * ld, count, t->rows, t->turned);
+    return t->turned;
+  }
+#endif
+  (void)t, (void)x, (void)ld, (void)count;
+  return 0;
+}
+
 pe_status PE_NAME(linear_floats)(const linear_product *t) {
   const int64_t chunk = t->packed ? FLOAT_PANEL_DEPTH : FILE_PANEL_DEPTH, size = 16 * pe_format_of(t->id).bytes;
   for (int64_t at = 0; at < t->k; at += chunk) {
     const int64_t count = pe_min(chunk, t->k - at), ld = t->gather ? GATHER_FLOATS : t->ldh;
     const float *x = t->gather ? t->gather->room : t->h + at;
     if (t->gather) t->gather->floats(t->gather, t->row0, t->rows, at, count, t->gather->room, ld);
+    const char *turned = turned_rows(t, x, ld, count);
     for (int64_t p = 0; p < t->panels; p++) {
       panel_floats panel = {(const float *)t->panel, 16, 16 * PANEL_GROUPS};
       if (t->packed && t->id == PE_F32) {
@@ -179,8 +207,8 @@ pe_status PE_NAME(linear_floats)(const linear_product *t) {
                    : later < t->k          ? group - PANEL_GROUPS * p * t->bytes + size * later
                                            : t->next + v * t->bytes;
       }
-      float_tile(pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), panel, count, ahead, t->packed ? count * size / 64 : 0, x, ld,
-                 t->rows, linear_target_of(t, p, at, at + count));
+      panel_times_rows(t, pe_min(PANEL_GROUPS, t->groups - t->g0 - PANEL_GROUPS * p), panel, count, ahead, x, ld, turned,
+                       linear_target_of(t, p, at, at + count));
     }
   }
   return PE_OK;

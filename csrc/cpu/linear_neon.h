@@ -203,9 +203,9 @@ PE_INLINE float32x4_t halves_of(float32x4_t a, float32x4_t b, int half) {
   return vreinterpretq_f32_f64(half ? vzip2q_f64(p, q) : vzip1q_f64(p, q));
 }
 
-/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. Sums are of 2 rows of x and 2 of the panel;
+/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps. Sums are of 2 rows of x and 2 of the panel;
  * the last of an odd number of rows is multiplied twice. */
-PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t count,
                          const char *x, int64_t ld, panel_ahead *ahead, const linear_target *to) {
   enum { PAIRS = INT_TILE_ROWS / 2 };
   const int pairs = (rows + 1) / 2;
@@ -219,7 +219,7 @@ PE_UNROLL(2)
 PE_UNROLL(8)
     for (int n = 0; n < 8; n++) sum[i][n] = halves_of(vld1q_f32(a + n / 2 * 4), vld1q_f32(b + n / 2 * 4), n % 2);
   }
-  for (int64_t s = s0; s < s0 + count; s++) {
+  for (int64_t s = 0; s < count; s++) {
     fetch_ahead(ahead);
     const step_scales f = scales_of(rows, halves, offsets, zero, x, ld, s);
     step_pair q[PAIRS];
@@ -259,13 +259,13 @@ PE_INLINE int64_t tile_fetches(int64_t count) {
   return 4; /* once a part */
 }
 
-/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` <= PANEL_STEPS steps from s0 on, a part after the other. */
-PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` <= PANEL_STEPS steps, a part after the other. */
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t count,
                          const char *x, int64_t ld, panel_ahead *ahead, const linear_target *to) {
   step_scales scales[PANEL_STEPS];
   float sums[INT_TILE_ROWS][16];
   (void)z128, (void)run; /* a panel's codes are signed, and sdot sums in 32 bits */
-  for (int64_t s = 0; s < count; s++) scales[s] = scales_of(rows, halves, offsets, zero, x, ld, s0 + s);
+  for (int64_t s = 0; s < count; s++) scales[s] = scales_of(rows, halves, offsets, zero, x, ld, s);
 PE_UNROLL(4)
   for (int i = 0; i < rows; i++) v16f_store(sums[i], linear_begin(to, 16 * i));
 PE_UNROLL(1)
@@ -289,7 +289,7 @@ PE_UNROLL(8)
 PE_UNROLL(4)
           for (int i = 0; i < rows; i++)
             dot[i] = dot_lane(dot[i], vld1q_s8((const int8_t *)w + 16 * v),
-                              vld1q_s8(linear_step_of(x, ld, i, s0 + s)->q + v / 4 * 16), v % 4);
+                              vld1q_s8(linear_step_of(x, ld, i, s)->q + v / 4 * 16), v % 4);
 PE_UNROLL(4)
         for (int i = 0; i < rows; i++) {
           sum[i] = fma_lane(sum[i], vcvtq_f32_s32(dot[i]) * vld1q_f32(g + 4 * h), f->d, i);

@@ -3,6 +3,7 @@
  *   linear_few.c    up to ROWS_FEW rows times packed blocks: weights stay in registers
  *   linear_tiles.c  more rows times packed blocks: panels are unpacked once, then tiled
  *   linear_float.c  weights that are floats, or become floats
+ *   linear_sme.c    tiles of both kinds by outer products, where there is SME
  *   linear.c        says which, and does what is left: rows of x before, sums after
  */
 #ifndef PE_LINEAR_PARTS_H
@@ -18,7 +19,14 @@ enum {
   FLOAT_PANEL_DEPTH = 128, /* k of a float panel */
   FILE_PANEL_DEPTH = 256,  /* k of a panel that is dequantized from the file's layout: a whole number of any format's blocks */
   DECODE_AHEAD = 8192,     /* bytes of weights that kernels for few rows prefetch */
+  SME_ROWS = 16,           /* rows that fill a tile of SME; fewer take the others' */
 };
+
+#if defined(PE_SME)
+enum { TURNED_ROW = 4 * FILE_PANEL_DEPTH }; /* bytes of a panel's k of a row of x, turned: floats are longer than int8 */
+#else
+enum { TURNED_ROW = 0 };
+#endif
 
 /* 32 of k of one row: one cache line. A row is k / 32 of them, and one more that is never read, so that rows of a power of two
  * do not share cache sets. */
@@ -49,6 +57,8 @@ typedef struct linear_product {
   char *panel;               /* room for one panel */
   float *dequantized;        /* room for [16][FILE_PANEL_DEPTH] */
   float *acc, *part;         /* part: sums of a slice that is not at its end, where slices are longer than a panel */
+  char *turned;              /* SME: room for a panel's k of the rows, TURNED_ROW bytes each */
+  int32_t thread;            /* the number of this one */
   const linear_gather *gather; /* in place of q and h, or NULL */
   int64_t row0;              /* the number of the first row there */
 } linear_product;
@@ -130,6 +140,20 @@ PE_INLINE void decode_fetch(const uint8_t *group, const uint8_t *next, int64_t b
 PE_UNROLL(9)
   for (int c = 0; c < (step_bytes + 63) / 64; c++) pe_prefetch(p + 64 * c);
 }
+
+/* Steps s0 .. s0 + count - 1 of PANEL_GROUPS groups, unpacked; and so many steps of m rows of x times them. */
+typedef void linear_unpack(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to);
+typedef void linear_tile(int zero, const uint8_t *panel, int64_t count, const char *x, int64_t ld, int64_t m, panel_ahead *ahead,
+                         linear_target to);
+typedef struct linear_tiler { linear_unpack *unpack; linear_tile *tile; } linear_tiler;
+
+#if defined(PE_SME)
+/* linear_sme.c. x of its tiles is turned: `words` words of each row, `ld` bytes apart. */
+int PE_NAME(linear_sme_is_free)(void);
+void PE_NAME(linear_sme_turn)(const void *x, int64_t ld, int64_t words, int64_t rows, void *to);
+linear_tiler PE_NAME(linear_sme_tiler)(int32_t id);
+void PE_NAME(linear_sme_floats)(const float *panel, int64_t step, int64_t count, const float *x, int64_t rows, linear_target to);
+#endif
 
 int PE_NAME(linear_most_few)(void);                        /* rows that linear_few takes at most; 0: too few registers for any */
 void PE_NAME(linear_few)(const linear_product *t);         /* packed blocks, up to so many rows */

@@ -41,15 +41,15 @@ PE_UNROLL(2)
   }
 }
 
-/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps from s0 on. */
-PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t s0, int64_t count,
+/* Panel times row i of x, for `rows` <= INT_TILE_ROWS rows and `count` steps. */
+PE_INLINE void tile_rows(int rows, int halves, int offsets, int z128, int run, int zero, const uint8_t *panel, int64_t count,
                          const char *x, int64_t ld, panel_ahead *ahead, const linear_target *to) {
   v16f sum[INT_TILE_ROWS][PANEL_GROUPS];
 PE_UNROLL(8)
   for (int i = 0; i < rows; i++)
 PE_UNROLL(8)
     for (int v = 0; v < PANEL_GROUPS; v++) sum[i][v] = linear_begin(to, 16 * (PANEL_GROUPS * i + v));
-  for (int64_t s = s0; s < s0 + count; s++) {
+  for (int64_t s = 0; s < count; s++) {
     const float *f = (const float *)(panel + 64 * PANEL_GROUPS * 8);
     fetch_ahead(ahead);
 PE_UNROLL(2)
@@ -109,19 +109,15 @@ PE_UNROLL(8)
 }
 #endif
 
-typedef void tile_fn(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld, int64_t m,
-                     panel_ahead *ahead, linear_target to);
-typedef void unpack_fn(const uint8_t *const group[PANEL_GROUPS], int64_t s0, int64_t count, uint8_t *to);
-
 /* A tile for each kind of steps (pyengine/dtype.py: PackedForm) and run of products, whatever the format. */
 #define TILE(name, halves, offsets, z128, run)                                                                         \
-  static void tile_##name(int zero, const uint8_t *panel, int64_t s0, int64_t count, const char *x, int64_t ld,        \
-                          int64_t m, panel_ahead *ahead, linear_target to) {                                           \
+  static void tile_##name(int zero, const uint8_t *panel, int64_t count, const char *x, int64_t ld, int64_t m,         \
+                          panel_ahead *ahead, linear_target to) {                                                      \
     for (; m >= INT_TILE_ROWS; m -= INT_TILE_ROWS, x += INT_TILE_ROWS * ld, linear_skip(&to, INT_TILE_ROWS))           \
-      tile_rows(INT_TILE_ROWS, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                 \
-    if (m == 3) tile_rows(3, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
-    if (m == 2) tile_rows(2, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
-    if (m == 1) tile_rows(1, halves, offsets, z128, run, zero, panel, s0, count, x, ld, ahead, &to);                   \
+      tile_rows(INT_TILE_ROWS, halves, offsets, z128, run, zero, panel, count, x, ld, ahead, &to);                 \
+    if (m == 3) tile_rows(3, halves, offsets, z128, run, zero, panel, count, x, ld, ahead, &to);                   \
+    if (m == 2) tile_rows(2, halves, offsets, z128, run, zero, panel, count, x, ld, ahead, &to);                   \
+    if (m == 1) tile_rows(1, halves, offsets, z128, run, zero, panel, count, x, ld, ahead, &to);                   \
   }
 TILE(zero, 1, 0, 0, 8)
 TILE(zero128, 1, 0, 1, 8)
@@ -144,9 +140,7 @@ TILE(halves_zero_2, 2, 0, 0, 2)
   }
 PE_PACKED_BLOCKS(UNPACK)
 
-typedef struct tiler { unpack_fn *unpack; tile_fn *tile; } tiler;
-
-static tiler tiler_of(int32_t id) {
+static linear_tiler tiler_of(int32_t id) {
   const int run = PE_RUN(pe_most_code(pe_traits_of(id)));
 #define tile_of_zero run < 8 ? tile_zero_4 : tile_zero
 #define tile_of_zero128 tile_zero128
@@ -154,10 +148,10 @@ static tiler tiler_of(int32_t id) {
 #define tile_of_halves_zero run < 4 ? tile_halves_zero_2 : tile_halves_zero
 #define tile_of_halves_offset tile_halves_offset
   switch (id) {
-#define TILER(name, blocks, head, body, steps, ...) case PE_##name: return (tiler){unpack_##name, tile_of_##steps};
+#define TILER(name, blocks, head, body, steps, ...) case PE_##name: return (linear_tiler){unpack_##name, tile_of_##steps};
     PE_PACKED_BLOCKS(TILER)
 #undef TILER
-    default: return (tiler){0, 0};
+    default: return (linear_tiler){0, 0};
   }
 }
 
@@ -175,7 +169,7 @@ static const char *gather_codes(const linear_product *t, int64_t at, int64_t cou
 }
 
 /* While k = at .. at + count - 1 of a panel is multiplied: that part of the next panel; of the last panel, what the first one reads next. */
-static panel_ahead panel_ahead_of(const linear_product *t, pe_traits c, int64_t panel, int64_t at, int64_t count) {
+static panel_ahead panel_ahead_of(const linear_product *t, int sme, pe_traits c, int64_t panel, int64_t at, int64_t count) {
   const int64_t bytes = c.head + c.body; /* of a block */
   const int last = panel + 1 == t->panels;
   panel_ahead y = {.at = at / c.k * bytes + (last ? pe_min(32 * PANEL_STEPS / c.k * bytes, t->bytes) : 0), .end = t->bytes};
@@ -184,25 +178,41 @@ static panel_ahead panel_ahead_of(const linear_product *t, pe_traits c, int64_t 
     y.next[v] = t->next + v * t->bytes;
   }
   y.lines = (count / c.k * bytes + 63) / 64;
-  y.steps = (t->rows + INT_TILE_ROWS - 1) / INT_TILE_ROWS * tile_fetches(count / 32);
+  y.steps = sme ? 1 : (t->rows + INT_TILE_ROWS - 1) / INT_TILE_ROWS * tile_fetches(count / 32);
   return y;
+}
+
+/* Whether SME multiplies. One thread does it: its unit is shared by processors, and beside it they have theirs. Bits are the same. */
+static int sme_takes(const linear_product *t) {
+#if defined(PE_SME)
+  return t->rows >= SME_ROWS && t->thread == 0 && PE_NAME(linear_sme_is_free)();
+#else
+  (void)t;
+  return 0;
+#endif
 }
 
 void PE_NAME(linear_tiles)(const linear_product *t) {
   const pe_traits c = pe_traits_of(t->id);
-  const tiler f = tiler_of(t->id);
-  const int zero = c.zero == 128 ? 128 - PE_DOT_ZERO : c.zero;
+  const int zero = c.zero == 128 ? 128 - PE_DOT_ZERO : c.zero, sme = sme_takes(t);
   const int64_t chunk = 32 * PANEL_STEPS;
+  linear_tiler f = tiler_of(t->id);
+#if defined(PE_SME)
+  if (sme) f = PE_NAME(linear_sme_tiler)(t->id);
+#endif
   for (int64_t at = 0; at < t->k; at += chunk) {
     const int64_t count = pe_min(chunk, t->k - at), ldq = t->gather ? GATHER_CODES : t->ldq;
-    const char *q = t->gather ? gather_codes(t, at, count) : t->q;
+    const char *q = t->gather ? gather_codes(t, at, count) : t->q + 2 * at;
+#if defined(PE_SME)
+    if (sme) PE_NAME(linear_sme_turn)(q, ldq, count / 2, t->rows, t->turned);
+    if (sme) q = t->turned;
+#endif
     for (int64_t p = 0; p < t->panels; p++) {
       const uint8_t *group[PANEL_GROUPS];
       for (int v = 0; v < PANEL_GROUPS; v++) group[v] = linear_group(t, p, v);
-      panel_ahead ahead = panel_ahead_of(t, c, p, at, count);
+      panel_ahead ahead = panel_ahead_of(t, sme, c, p, at, count);
       f.unpack(group, at / 32, count / 32, (uint8_t *)t->panel);
-      f.tile(zero, (const uint8_t *)t->panel, t->gather ? 0 : at / 32, count / 32, q, ldq, t->rows,
-             &ahead, linear_target_of(t, p, at, at + count));
+      f.tile(zero, (const uint8_t *)t->panel, count / 32, q, ldq, t->rows, &ahead, linear_target_of(t, p, at, at + count));
     }
   }
 }

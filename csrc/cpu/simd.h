@@ -29,6 +29,9 @@
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #define PE_I8MM 1
 #endif
+#if defined(__ARM_FEATURE_SME)
+#define PE_SME 1
+#endif
 #include <arm_neon.h>
 #else
 #define PE_GENERIC 1

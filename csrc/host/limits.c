@@ -76,6 +76,7 @@ static int has(const char *name) {
 }
 static int has_neon(void) { return has("neon"); }
 static int has_i8mm(void) { return has("i8mm"); }
+static int has_sme(void) { return has("sme"); }
 #endif
 static int always(void) { return 1; }
 
@@ -91,6 +92,7 @@ static const struct {
 #endif
   {"avx2", has_avx2, int8_avx2, fp32_avx2},
 #elif defined(__aarch64__)
+  {"sme", has_sme, int8_i8mm, fp32_neon}, /* what a core has for itself: the unit of outer products is shared */
   {"i8mm", has_i8mm, int8_i8mm, fp32_neon},
   {"neon", has_neon, int8_neon, fp32_neon},
 #endif

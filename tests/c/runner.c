@@ -3,6 +3,7 @@
  *
  *   runner                                 print the instruction sets that this machine and build have
  *   runner ISA THREADS CASES RESULTS
+ *   RUNNER_ZA=1 runner ...                 the same while each thread keeps something in Arm's matrix registers
  *
  * Both files are runs of little-endian 8-byte words; "bytes" are a length and so many bytes, filled up to a word.
  *
@@ -164,11 +165,31 @@ typedef struct job {
   char message[PE_MAX_MESSAGE];
 } job;
 
+/* ZA in use, as the procedure call standard has it: it is on, and TPIDR2_EL0 points to where it would be saved. */
+#if defined(__aarch64__)
+static uint64_t saved_here[2];
+static void use_za(void) {
+  __asm__ volatile(".inst 0xd503457f\n\tmsr S3_3_C13_C0_5, %0" : : "r"(saved_here) : "memory"); /* smstart za; tpidr2_el0 */
+}
+static int za_is_used(void) { /* and gives it back */
+  uint64_t svcr, place;
+  __asm__ volatile("mrs %0, S3_3_C4_C2_2\n\tmrs %1, S3_3_C13_C0_5\n\tmsr S3_3_C13_C0_5, xzr\n\t.inst 0xd503447f" /* smstop za */
+                   : "=r"(svcr), "=r"(place) : : "memory");
+  return svcr == 2 && place == (uint64_t)(uintptr_t)saved_here;
+}
+#else
+static void use_za(void) { fail("RUNNER_ZA needs a 64-bit Arm"); }
+static int za_is_used(void) { return 0; }
+#endif
+
 static void run_member(void *context, int ith, int nth) {
   job *j = context;
   char message[PE_MAX_MESSAGE] = "";
+  const int za = getenv("RUNNER_ZA") != 0;
   pe_stream s = {ith, nth, j->scratch.data, j->scratch.n, j->counters, j->pool, message};
+  if (za) use_za();
   int32_t status = (int32_t)j->kernel->run(&j->args, j->params, &s), none = PE_OK;
+  if (za && !za_is_used()) fail("a kernel took another's matrix registers");
   if (status != PE_OK && __atomic_compare_exchange_n(&j->status, &none, status, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
     memcpy(j->message, message, sizeof message);
 }

@@ -99,8 +99,11 @@ TARGETS = {
 }
 
 
-def emulator(target: Target) -> list[str]:
-    """What stands before a program of that target to run it here. Raises: ToolMissing."""
+SVL = "sme-default-vector-length={}"         # bytes of a vector in streaming mode: an emulated processor gives 32 where nobody asks
+
+
+def emulator(target: Target, cpu: str = SVL.format(64)) -> list[str]:
+    """What stands before a program of that target to run it here; cpu: settings of an emulated Arm processor. Raises: ToolMissing."""
     if target.windows and sys.platform != "win32":
         if shutil.which("wine"):
             return ["wine"]
@@ -109,10 +112,19 @@ def emulator(target: Target) -> list[str]:
         return unshuffled()
     if target.machine == _HERE and sys.platform == "linux" or not target.cross:
         return []
-    for name in ("qemu-aarch64-static", "qemu-aarch64"):
-        if shutil.which(name):
-            return [name, "-cpu", "max"]
+    for name in (os.environ.get("PYENGINE_QEMU", ""), "qemu-aarch64-static", "qemu-aarch64"):
+        if name and shutil.which(name):
+            return [name, "-cpu", f"max,{cpu}"]
     raise ToolMissing("needs qemu-aarch64: install qemu-user-static (Debian, Ubuntu)")
+
+
+def emulator_version(target: Target) -> tuple[int, ...]:
+    """Of QEMU; empty where nothing is emulated by it. Raises: ToolMissing."""
+    command = emulator(target)
+    if "-cpu" not in command:
+        return ()
+    said = subprocess.run([command[0], "--version"], check=True, capture_output=True, text=True).stdout
+    return tuple(map(int, re.search(r"version (\d+)\.(\d+)", said).groups()))
 
 
 def runner_of(name: str) -> Path:
@@ -282,8 +294,8 @@ def _encode(call: Call) -> bytes:
 
 
 def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dict[int, np.ndarray] | None = None,
-        timeout: float = 600) -> list[Outcome]:
-    """Run calls one after another on a target that has been built.
+        cpu: str = SVL.format(64), timeout: float = 600) -> list[Outcome]:
+    """Run calls one after another on a target that has been built. cpu: as in `emulator`.
 
     Raises: ToolMissing; RuntimeError when the runner ends early, naming the op that left its memory.
     """
@@ -293,7 +305,7 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
     with tempfile.TemporaryDirectory() as folder:
         cases, results = Path(folder, "cases"), Path(folder, "results")
         cases.write_bytes(b"".join(parts))
-        command = [*emulator(TARGETS[name]), str(runner_of(name)), isa, str(threads), str(cases), str(results)]
+        command = [*emulator(TARGETS[name], cpu), str(runner_of(name)), isa, str(threads), str(cases), str(results)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment(TARGETS[name]))
         if done.returncode:
             raise RuntimeError(f"{name} {isa}, {threads} threads: exit code {done.returncode}: {done.stderr.strip()}")
@@ -319,9 +331,9 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
     return out
 
 
-def instruction_sets(name: str) -> list[str]:
-    """Those that a built target can run here."""
-    command = [*emulator(TARGETS[name]), str(runner_of(name))]
+def instruction_sets(name: str, cpu: str = SVL.format(64)) -> list[str]:
+    """Those that a built target can run here; cpu: as in `emulator`."""
+    command = [*emulator(TARGETS[name], cpu), str(runner_of(name))]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment(TARGETS[name])).stdout.split()
 
 
@@ -335,7 +347,7 @@ def _loops(code: Path) -> dict[str, list[list[str]]]:
     tool = shutil.which("llvm-objdump")
     if tool is None:
         raise ToolMissing("needs llvm-objdump: install llvm")
-    text = subprocess.run([tool, "-d", "--no-show-raw-insn", "--mattr=+dotprod,+fullfp16,+i8mm", str(code)], check=True,
+    text = subprocess.run([tool, "-d", "--no-show-raw-insn", "--mattr=+dotprod,+fullfp16,+i8mm,+sve2,+sme", str(code)], check=True,
                           capture_output=True, text=True).stdout
     out = {}
     for name, body in re.findall(r"^[0-9a-f]+ <(\w+)>:\n(.*?)(?:\n\n|\Z)", text, re.M | re.S):
@@ -349,7 +361,7 @@ def _loops(code: Path) -> dict[str, list[list[str]]]:
 def _cell(loops: list[list[str]], rows: int, least: float = 1) -> str:
     """Instructions of the shortest loop with the products of so many rows and `least` of a step, and those of the stack."""
     for loop in loops:
-        steps = sum(i.startswith("sdot") + 2 * i.startswith("smmla") for i in loop) / (32 * rows)
+        steps = sum(i.startswith("sdot") + 2 * i.startswith("smmla") + 64 * i.startswith("smopa") for i in loop) / (32 * rows)
         if steps >= least:
             return f"{len(loop) / steps / 16:.1f} ({sum('[sp' in i for i in loop) / steps / 16:.1f})"
     raise BuildError(f"no loop of {rows} rows is found")
@@ -369,7 +381,7 @@ def instruction_counts(name: str) -> str:
     """A table: instructions for one block of 32 weights of one matrix row, and in brackets those that touch the stack.
 
     decode: the loop for 1 and for 2 rows of x; unpack: the loop that opens a panel, once for all rows of x; tile: the loop that
-    multiplies it with 4 rows. A step is 16 such blocks, and 32 sdot or 16 smmla for each row of x.
+    multiplies it with 4 rows, or 16 with SME. A step is 16 such blocks, and for each row of x 32 sdot or 16 smmla; for 16 rows 8 smopa.
     """
     from pyengine.dtype import PACKED_FORMS
 
@@ -377,8 +389,9 @@ def instruction_counts(name: str) -> str:
     objects = ROOT / "build" / "cross" / name
     few = _loops(objects / "neon" / "linear_few.o")
     tiles = {isa: _loops(objects / isa / "linear_tiles.o") for isa in ("neon", "i8mm")}
-    rows = ["| format | decode, 1 row | decode, 2 rows | unpack | tile, 4 rows | i8mm: unpack | i8mm: tile, 4 rows |",
-            "|---|---|---|---|---|---|---|"]
+    outer = _loops(objects / "sme" / "linear_sme.o")
+    rows = ["| format | decode, 1 row | decode, 2 rows | unpack | tile, 4 rows | i8mm: unpack | i8mm: tile, 4 rows | sme: unpack | sme: tile, 16 rows |",
+            "|---|---|---|---|---|---|---|---|---|"]
     for form, packed in PACKED_FORMS.items():
         if packed.steps is None:
             continue
@@ -386,6 +399,7 @@ def instruction_counts(name: str) -> str:
         cells = [_cell(few[f"decode_{form}_{n}"], n) for n in (1, 2)]
         for isa, loops in tiles.items():  # neon takes a part of 4 rows of the weights after the other
             cells += [_unpacked(loops[f"unpack_{form}"]), _cell(loops[f"tile_{tile}"], 4, 1 / 4 if isa == "neon" else 1)]
+        cells += [_unpacked(outer[f"unpack_{form}"]), _cell(outer[f"integers_{'zero' if tile == 'zero128' else tile}"], 16)]
         rows.append("| " + " | ".join([form, *cells]) + " |")
     return "\n".join(rows)
 
