@@ -73,7 +73,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         from . import lookup
 
         (file,) = _paths([args.model])
-        return lookup.run(file, args.threads, args.generate, args.rounds, args.peer, args.draft)
+        return lookup.run(file, args.threads, args.generate, args.rounds, args.seconds, args.llama_server, args.draft, args.kind)
     from . import peers, together, widths
 
     if args.suite == "widths":
@@ -134,9 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("-s", "--conversations", type=int, action="append", metavar="N", help="may be repeated; default: 4 and 16")
     lookup = suites.add_parser("lookup", parents=[common], help="answers with drafts by prompt lookup, beside those without")
     lookup.add_argument("model", help="a GGUF file or name")
-    lookup.add_argument("-n", "--generate", type=int, default=200)
+    lookup.add_argument("-n", "--generate", type=int, default=128)
     lookup.add_argument("-r", "--rounds", type=int, default=5)
-    lookup.add_argument("--peer", type=Path, metavar="DIR", help="a folder into which pip installed llama_cpp, to be measured in turns")
+    lookup.add_argument("--seconds", type=float, default=300.0, help="behind which no further round begins, divided among kinds (default: 300)")
+    lookup.add_argument("--kind", action="append", default=[], choices=["edit", "edit and explain", "question", "free"], help="may be repeated; default: all")
+    lookup.add_argument("--llama-server", type=Path, metavar="FILE", help="llama.cpp's command, to be measured in turns")
     lookup.add_argument("--draft", type=Path, metavar="FILE", help="a draft model, whose answers are measured in the same rounds")
     serving = suites.add_parser("serving", parents=[common], help="the server under load, and beside llama.cpp's")
     serving.add_argument("model", help="a GGUF file or name")

@@ -1,16 +1,23 @@
 """Drafts: the same greedy answers with and without them, in turns, by kind of work; by a draft model too; beside llama.cpp's with its own lookup.
 
-Kinds are what drafts are good for, and what they are not: a function is edited, a text is asked about, a text is written freely.
+Kinds are what drafts are good for, and what they are not: a function is edited, as editors ask for it and with the words that models add when nobody
+asks them not to; a text is asked about; a text is written freely.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
-from .engines import Process
+from .serving import Server
 from .stats import summary
+
+CTX = 1024                           # positions of a conversation
+LOOKUPS = {"plain": "none", "lookup": "ngram-simple"}       # llama.cpp's names; of its ways to look prompts up the fastest by default (`ngram-*`)
 
 CODE = ('''def read_table(path, delimiter=",", skip=0):
     """Read a table of numbers and names from a text file."""
@@ -85,51 +92,94 @@ FREE = ("Write a short story about a lighthouse keeper.", "Explain why the sky i
 
 def work() -> dict[str, list[str]]:
     """Return what is asked, by kind."""
-    return {"edit": [f"{ask}\n\n```python\n{code}```" for ask, code in zip(EDITS, CODE)],
+    edits = list(zip(EDITS, CODE))
+    return {"edit": [f"{ask} Answer with the code only.\n\n```python\n{code}```" for ask, code in edits],
+            "edit and explain": [f"{ask}\n\n```python\n{code}```" for ask, code in edits],
             "question": [f"{text}\n\n{ask}" for ask, text in zip(QUESTIONS, TEXTS)], "free": list(FREE)}
 
 
-def _ours(model: Any, ids: Sequence[int], n: int, speculate: bool) -> tuple[float, list[int], tuple[int, int]]:
-    """Return the seconds of a token from the first one on, the tokens, and how many were drafted and accepted."""
-    model.reset()
-    answer = model.generate(list(ids), max_tokens=n, temperature=0, repeat_penalty=1, speculate=speculate)
-    return answer.seconds / max(1, len(answer.tokens) - 1), answer.tokens, (answer.n_drafted, answer.n_accepted)
+Answered = tuple[float, list[int], tuple[int, int]]          # seconds of a token from the first one on, the tokens, how many were drafted and accepted
 
 
-def run(path: Path, n_threads: int, n_generate: int, rounds: int, peer: Path | None, draft: Path | None = None) -> dict[str, Any]:
-    """Measure each kind; answers must be the same with and without. peer: the folder of llama-cpp-python, to be measured in the same rounds; draft: a
-    draft model, whose prompts are read within the measured time."""
+class Ours:
+    """A model of this package. Prompts stay in its caches, so they are read once."""
+
+    def __init__(self, model: Any, speculate: bool):
+        self.model, self.speculate = model, speculate
+
+    def answer(self, ids: Sequence[int], n: int, place: int) -> Answered:
+        answer = self.model.generate(list(ids), max_tokens=n, temperature=0, repeat_penalty=1, speculate=self.speculate)
+        return answer.seconds / max(1, len(answer.tokens) - 1), answer.tokens, (answer.n_drafted, answer.n_accepted)
+
+    def end(self) -> None:
+        self.model.close()
+
+
+class Theirs:
+    """llama.cpp's server, with a place for each prompt, so that it reads them once too."""
+
+    def __init__(self, command: Path, path: Path, n_threads: int, n_seq: int, kind: str, port: int):
+        threads = ["-t", str(n_threads), "-tb", str(n_threads)]
+        self.server = Server([str(command), "-m", str(path), "-c", str(CTX * n_seq), "-np", str(n_seq), *threads, "--spec-type", LOOKUPS[kind]], port)
+
+    def answer(self, ids: Sequence[int], n: int, place: int) -> Answered:
+        body = {"prompt": list(ids), "n_predict": n, "temperature": 0, "repeat_penalty": 1, "return_tokens": True, "cache_prompt": True, "id_slot": place}
+        asked = Request(f"http://127.0.0.1:{self.server.port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        reply = json.load(urlopen(asked, timeout=600))
+        times = reply["timings"]
+        return (times["predicted_ms"] / 1000 / max(1, times["predicted_n"] - 1), reply["tokens"],
+                (times.get("draft_n", 0), times.get("draft_n_accepted", 0)))
+
+    def end(self) -> None:
+        self.server.__exit__()
+
+
+def run(path: Path, n_threads: int, n_generate: int, rounds: int, seconds: float, llama_server: Path | None, draft: Path | None = None,
+        kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure each kind, or `kinds`; answers must be the same with and without. No round begins behind this many seconds.
+
+    llama_server: llama.cpp's command, to be measured in the same rounds; draft: a draft model, whose prompts are read within the measured time
+    """
     import pyengine as pe
 
-    model = pe.load(path, n_ctx=1024, n_threads=n_threads)
-    turns = [("plain", model, False), ("lookup", model, True)]
-    if draft is not None:
-        turns.append(("draft", pe.load(path, n_ctx=1024, n_threads=n_threads, draft=draft), True))
-    asked = {kind: [model.chat_ids([{"role": "user", "content": text}]) for text in texts] for kind, texts in work().items()}
-    others = Process("llama.cpp", "lookup_worker", path, "-t", n_threads, "--folder", peer) if peer else None
-    seconds: dict[str, dict[str, list[float]]] = {kind: {} for kind in asked}
-    drafts = {kind: {name: [0, 0] for name, *_ in turns} for kind in asked}
-    equal = True
+    asked = {kind: texts for kind, texts in work().items() if not kinds or kind in kinds}
+    n_seq = sum(map(len, asked.values()))
+    settings = {"n_ctx": CTX, "n_threads": n_threads, "n_seq": n_seq}
+    model = pe.load(path, **settings)
+    engines: dict[str, Ours | Theirs] = {"plain": Ours(model, False), "lookup": Ours(model, True)}
     try:
-        for r in range(rounds + 1):                          # the first one warms up
-            for kind, prompts in asked.items():
-                order = turns[:: 1 if r % 2 == 0 else -1]
-                got: dict[str, float] = {}
-                texts: dict[str, list[list[int]]] = {}
-                for name, one, on in order:
-                    each = [_ours(one, ids, n_generate, on) for ids in prompts]
-                    got[name], texts[name] = sum(s for s, _, _ in each), [t for _, t, _ in each]
-                    drafts[kind][name] = [sum(d[i] for *_, d in each) for i in range(2)]
-                    if others and name != "draft":
-                        got[f"llama.cpp {name}"] = sum(others.call("generate", ids=ids, n=n_generate, lookup=on) for ids in prompts)
-                equal &= all(found == texts["plain"] for found in texts.values())
-                for name, value in got.items() if r else ():
-                    seconds[kind].setdefault(name, []).append(value / len(prompts))
+        if draft is not None:
+            engines["draft"] = Ours(pe.load(path, **settings, draft=draft), True)
+        for port, kind in enumerate(LOOKUPS if llama_server else (), 8982):
+            engines[f"llama.cpp {kind}"] = Theirs(llama_server, path, n_threads, n_seq, kind, port)
+        return {"suite": "lookup", "generate": n_generate, "results": _rounds(path.stem, engines, asked, n_generate, rounds, seconds)}
     finally:
-        if others:
-            others.__exit__(None, None, None)
-    results = [_result(path.stem, kind, found, drafts[kind], equal) for kind, found in seconds.items()]
-    return {"suite": "lookup", "generate": n_generate, "results": results}
+        for engine in engines.values():
+            engine.end()
+
+
+def _rounds(model: str, engines: dict[str, Any], asked: dict[str, list[str]], n: int, rounds: int, most: float) -> list[dict[str, Any]]:
+    """Measure kind by kind: what is read and warms up first, then rounds whose order is reversed each time."""
+    results, place, each = [], 0, most / len(asked)
+    for kind, texts in asked.items():
+        prompts = [engines["plain"].model.chat_ids([{"role": "user", "content": text}]) for text in texts]
+        for engine in engines.values():
+            for i, ids in enumerate(prompts):
+                engine.answer(ids, 4, place + i)
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        drafts, equal, began = {}, True, time.monotonic()
+        for r in range(rounds):
+            if r and time.monotonic() - began > each:
+                break
+            texts_of: dict[str, list[list[int]]] = {}
+            for name in list(engines)[:: 1 if r % 2 == 0 else -1]:
+                answers = [engines[name].answer(ids, n, place + i) for i, ids in enumerate(prompts)]
+                seconds[name].append(sum(s for s, _, _ in answers) / len(answers))
+                texts_of[name], drafts[name] = [t for _, t, _ in answers], [sum(d[i] for *_, d in answers) for i in range(2)]
+            equal &= all(found == texts_of["plain"] for name, found in texts_of.items() if not name.startswith("llama.cpp"))
+        results.append(_result(model, kind, seconds, drafts, equal))
+        place += len(prompts)
+    return results
 
 
 def _result(model: str, kind: str, seconds: dict[str, list[float]], drafts: dict[str, list[int]], equal: bool) -> dict[str, Any]:
@@ -144,6 +194,9 @@ def _result(model: str, kind: str, seconds: dict[str, list[float]], drafts: dict
     if "llama.cpp plain" in seconds:
         theirs = summary([a / b for a, b in zip(seconds["llama.cpp plain"], seconds["llama.cpp lookup"])])
         line += f"; llama.cpp {rates['llama.cpp plain']['median']:.1f}, with its lookup {rates['llama.cpp lookup']['median']:.1f}: {theirs['median']:.2f} x"
+    if "llama.cpp lookup" in drafts:
+        n, came = drafts["llama.cpp lookup"]
+        line += f", {came} of {n} accepted"
     n, came = drafts["lookup"]
     print(f"{line}; {came} of {n} drafted tokens accepted; answers {'equal' if equal else 'DIFFER'}", flush=True)
     return {"name": f"{model} {kind}", "kind": kind, "rates": rates, "score": ratio, "llama_cpp_ratio": theirs, "draft_ratio": beside, "drafted": n, "accepted": came,

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import mmap
+import sys
 import time
 import types
 
@@ -665,9 +666,48 @@ def test_prompt_lookup(tiny_gguf, tmp_path, capsys) -> None:
     out = tmp_path / "lookup.json"
     assert main(["lookup", str(tiny_gguf("llama")[0]), "-n", "12", "-r", "2", "-t", "1", "--json", str(out)]) == 0
     results = json.loads(out.read_text())["results"]
-    assert [r["kind"] for r in results] == ["edit", "question", "free"]
+    assert [r["kind"] for r in results] == ["edit", "edit and explain", "question", "free"]
     assert all(r["correct"] and len(r["score"]["samples"]) == 2 and r["accepted"] <= r["drafted"] for r in results)
     assert "answers equal" in capsys.readouterr().out
+    assert main(["lookup", str(tiny_gguf("llama")[0]), "-n", "4", "-r", "9", "--seconds", "0", "--kind", "free", "-t", "1", "--json", str(out)]) == 0
+    (free,) = json.loads(out.read_text())["results"]
+    assert free["kind"] == "free" and len(free["score"]["samples"]) == 1 and free["llama_cpp_ratio"] is None
+
+
+def test_prompt_lookup_beside_another_server(tiny_gguf, tmp_path, capsys) -> None:
+    """The command is told its threads, its places and how to look prompts up; what it says of its times is taken."""
+    from bench.__main__ import main
+
+    command, out = tmp_path / "llama-server", tmp_path / "lookup.json"
+    command.write_text(f"#!{sys.executable}\n" + """
+import http.server, json, sys
+on = sys.argv[sys.argv.index("--spec-type") + 1] != "none"
+assert sys.argv[sys.argv.index("-t") + 1] == "1" and sys.argv[sys.argv.index("-np") + 1] == "3"
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self): self.told({"status": "ok"})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["temperature"] == 0 and body["id_slot"] < 3 and body["cache_prompt"]
+        n = body["n_predict"]
+        drafts = {"draft_n": 4, "draft_n_accepted": 3} if on else {}
+        self.told({"tokens": [1] * n, "timings": {"predicted_n": n, "predicted_ms": 1000 * (n - 1) * (0.25 if on else 0.5), **drafts}})
+
+    def told(self, what):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(what).encode())
+
+    def log_message(self, *args): pass
+
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+""")
+    command.chmod(0o755)
+    assert main(["lookup", str(tiny_gguf("llama")[0]), "-n", "5", "-r", "2", "--kind", "free", "-t", "1", "--llama-server", str(command), "--json", str(out)]) == 0
+    (free,) = json.loads(out.read_text())["results"]
+    assert free["llama_cpp_ratio"]["median"] == 2 and free["rates"]["llama.cpp plain"]["median"] == 2
+    assert "llama.cpp 2.0, with its lookup 4.0: 2.00 x, 9 of 12 accepted" in capsys.readouterr().out
 
 
 # ---- widths -------------------------------------------------------------------------------------------------------------
