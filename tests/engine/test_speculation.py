@@ -206,6 +206,32 @@ def test_real_models_write_the_same(real_model, name: str, n: int) -> None:
     assert all(m.stats["accepted_tokens"] > n for m in (several, one))
 
 
+@pytest.mark.slow
+def test_a_real_model_writes_the_same_about_pictures() -> None:
+    """200 questions about drawn pictures, each greedy or sampled in turns, one at a time and 8 side by side."""
+    pytest.importorskip("matplotlib", reason="its fonts: pip install -r requirements/peers.txt")
+    from bench.sight import draw
+
+    several, one = (pe.load(ROOT / "converters/demo/weights/demo-q8_0.gguf", n_ctx=1024, n_threads=1, n_seq=n) for n in (8, 1))
+
+    def answered(model: Any, examples: list[Any], speculate: bool, **asked: Any) -> list[Any]:
+        handles = [model.submit(messages=[{"role": "user", "content": [*({"type": "image", "image": p.pixels} for p in e.pictures[: e.shown()[0]]),
+                                                                        {"type": "text", "text": e.turns[0].question}]}],
+                                speculate=speculate, **asked) for e in examples]
+        return [(h.result(60), h.report.tokens, h.report.sampled, h.report.finish, h.report.n_accepted) for h in handles]
+
+    examples, accepted = draw(25, 0), [0, 0]
+    for start in range(0, 200, 20):
+        part, asked = examples[start : start + 20], {"temperature": 0.7 * (start // 20 % 2), "seed": start, "max_tokens": 48, "logprobs": 1}
+        wanted = answered(several, part, False, **asked)
+        for i, model in enumerate((several, one)):
+            model.reset()
+            found = answered(model, part, True, **asked)
+            assert [f[:-1] for f in found] == [w[:-1] for w in wanted]
+            accepted[i] += sum(f[-1] for f in found)
+    assert len(examples) == 200 and min(accepted) > 50
+
+
 def test_requests_and_models_may_leave_it_out(tiny_gguf, llama, eager) -> None:
     assert llama.generate(ids(60), max_tokens=20, speculate=False, **settings(0)).report.n_drafted == 0
     assert llama.generate(ids(60), max_tokens=20, speculate=3, **settings(0)).report.n_drafted > 0

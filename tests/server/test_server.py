@@ -82,6 +82,24 @@ def test_chat_is_the_librarys(client, model, name) -> None:
     assert usage["total_tokens"] == want.n_prompt + len(want.tokens) and usage["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+@pytest.mark.parametrize("extra", [{"top_n_sigma": 0.4}, {"xtc_probability": 1.0, "xtc_threshold": 0.001}, {"dynatemp_range": 0.7, "dynatemp_exponent": 0.3},
+                                   {"mirostat": 1, "mirostat_tau": 1.0, "mirostat_eta": 0.5}, {"mirostat": 2, "mirostat_tau": 1.0},
+                                   {"dry_multiplier": 50.0, "dry_allowed_length": 1, "dry_base": 2.0, "dry_penalty_last_n": -1, "dry_sequence_breakers": ["!"], "repeat_penalty": 0.3}],
+                         ids=lambda extra: next(iter(extra)) + str(extra.get("mirostat", "")))
+def test_every_step_of_the_sampler_is_asked_for_by_its_name(client, model, name, extra) -> None:
+    """What OpenAI's clients send beside the body's own fields, Ollama's in "options", and llama.cpp's; each changes what comes."""
+    plain = {"temperature": 0.7, "repeat_penalty": extra.get("repeat_penalty", 1.0), "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 3}
+    extra = plain | extra
+    want = model.chat(MESSAGES, max_tokens=64, **extra)
+    assert want != model.chat(MESSAGES, max_tokens=64, **plain)
+    asked = {"model": name, "messages": MESSAGES}
+    assert client.post("/v1/chat/completions", json={**asked, "max_tokens": 64, **extra}).json()["choices"][0]["message"]["content"] == want
+    options = {"num_predict": 64, **extra}
+    assert client.post("/api/chat", json={**asked, "stream": False, "options": options}).json()["message"]["content"] == want
+    alone = model.generate("one two", max_tokens=64, **extra)
+    assert client.post("/completion", json={"model": name, "prompt": "one two", "n_predict": 64, **extra}).json()["content"] == alone
+
+
 def test_streamed_chat_is_the_same_text(client, model, name) -> None:
     asked = {"model": name, "messages": MESSAGES, "max_tokens": 12, "seed": 5, "stream": True, "stream_options": {"include_usage": True}}
     response = client.post("/v1/chat/completions", json=asked)
