@@ -470,7 +470,7 @@ def test_keys_that_cannot_be(tiny_gguf) -> None:
     path = tiny_gguf("llama4")[0]
     for key, value, error in (("llama4.rope.layers", np.array([True]), "1 entries for 5 layers"),
                               ("clip.vision.attention.head_count", 16, "multiple of 4 elements"),
-                              ("clip.vision.patch_size", 15, "no multiple"), ("clip.vision.max_tiles", 5000, "max_tiles 5000")):
+                              ("clip.vision.patch_size", 15, "no multiple"), ("clip.vision.max_tiles", 5000, "max_tiles is 5000")):
         files = open_files(path)
         files.model.metadata._decoded[key] = value
         with pytest.raises(InvalidModelError, match=error):

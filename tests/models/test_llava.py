@@ -435,13 +435,14 @@ def test_a_picture_in_tiles_is_taken_from_the_cache(tiny_gguf) -> None:
 
 def test_damaged_numbers_are_refused() -> None:
     class Keys:
-        arch = "clip"
-
         def __init__(self, value: list[int]):
             self.value = np.array(value, np.int32)
 
         def get(self, name: str, default: Any, *kinds: type) -> Any:
             return self.value
+
+        def key(self, name: str) -> str:
+            return name
 
     for value in ([42], [42, 43], [0, 42]):
         with pytest.raises(InvalidModelError, match="pairs of multiples of 42"):
