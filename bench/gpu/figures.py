@@ -172,9 +172,7 @@ the small sizes under compute-sanitizer. `python -m bench.gpu.check --device cud
 ## Registers and occupancy
 
 Registers of a thread on each target; behind the slash the share of a multiprocessor's threads that are resident with the block and the shared
-memory that the launch has. A dash: not compiled for that target yet (`make gpu-figures` compiles all, in about half an hour of one core). None of the others
-spills registers to memory.
-
+memory that the launch has; 0%: more shared memory than a block may have there, where smaller blocks are launched. `make gpu-figures` makes this anew.
 """
 REQUESTS = """
 ## Requests to memory
@@ -208,7 +206,7 @@ def page(found: dict[str, Any]) -> str:
         by, c = of_kernel(found, name), blocks[name]
         cells = [f"{by[t][0]} / {100 * occupancy(t, by[t][0], c['threads'], c['shared_bytes']):.0f}%" if t in by else "-" for t in targets]
         rows.append([f"`{name}`", str(c["threads"]), str(c["shared_bytes"]), *cells])
-    text = HEAD + table(["kernel", "threads", "shared", *(f"sm_{t}" for t in targets)], rows)
+    text = HEAD + _spilled(found) + table(["kernel", "threads", "shared", *(f"sm_{t}" for t in targets)], rows)
     text += REQUESTS + table(["shape", "weights, caches", "sectors", "conflicts", "mma", "dp4a", "barriers"], [_requests(row) for row in found["shapes"]])
     names = [d.name for d in PUBLISHED]
     least = [[row["name"], *(f"{row['least'][n]['us']:.1f} {row['least'][n]['by'].replace('memory', 'm')}" for n in names)] for row in found["shapes"]]
@@ -216,6 +214,18 @@ def page(found: dict[str, Any]) -> str:
     sources = "".join(f"- {d.name}: {d.bandwidth / 1e9:.0f} GB/s, int8 {d.int8 / 1e12:.0f}, f16 {d.f16 / 1e12:.0f}, f32 {d.f32 / 1e12:.0f} Top/s"
                       f"{f', of which mma.sync reaches {d.mma:.2f}' if d.mma < 1 else ''}. {d.source}\n" for d in PUBLISHED)
     return text + "\nThe devices' figures:\n\n" + sources
+
+
+def _spilled(found: dict[str, Any]) -> str:
+    """Say which of all kernels, those that no shape launches too, spill registers to memory, and what a dash is where the table has one."""
+    every = [(name, t, k[1]) for by in found["registers"].values() for name, of in by.items() for t, k in of.items()]
+    spilled = "; ".join(f"`{name}` on sm_{t}: {n} bytes" for name, t, n in every if n)
+    kernels = len({name for name, _, _ in every})
+    text = f"Of all {kernels} kernels of the library, these and the others, {'some spill' if spilled else 'none spills'} registers to memory"
+    text += f": {spilled}.\n" if spilled else ".\n"
+    if any(set(of_kernel(found, name)) != set(found["targets"]) for name in hot(found)):
+        text += "A dash: not compiled for that target yet.\n"
+    return text + "\n"
 
 
 def _requests(row: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ namespace {
 
 using namespace pe;
 
-enum { WARPS = 4, MOST_ELEMENTS = 1024, COLUMNS = 32 };
+enum { WARPS = 4, MOST_ELEMENTS = 1024, COLUMNS = 32, BLOCKS = 8 }; /* BLOCKS: of a multiprocessor, 64 registers a thread */
 
 struct Groups {
   Cache k, v, k_full, v_full;
@@ -52,6 +52,7 @@ __device__ void write_channels(const Cache &from, int64_t source, const Cache &t
   const int bytes = cell_format_of(format).bytes;
   char *group = cell_at(to, blockIdx.y, target);
   for (int first = COLUMNS * warp_of(); first < to.elements; first += COLUMNS * WARPS) {
+#pragma unroll 8 /* loads in flight; all 32 would spill */
     for (int j = 0; j < GROUP_KEYS; j++)
       room.keys[j][lane_of()] = load_number(from.dtype, cell_at(from, blockIdx.y, source + j) + (first + lane_of()) * from.element);
     __syncwarp();
@@ -89,7 +90,7 @@ __device__ __forceinline__ bool begins(const Cache &c, int cell, pe_fault *fault
   return false;
 }
 
-__global__ void __launch_bounds__(32 * WARPS) cache_groups_kernel(const Groups w) {
+__global__ void __launch_bounds__(32 * WARPS, BLOCKS) cache_groups_kernel(const Groups w) {
   const int target = w.target[blockIdx.x];
   if (target < 0) return;
   const int source = w.source[blockIdx.x];

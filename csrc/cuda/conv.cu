@@ -74,15 +74,17 @@ struct Weight {
 __global__ void __launch_bounds__(THREADS) direct_kernel(const Conv t, const Weight w, int64_t count) {
   const int64_t step = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
-    const int64_t o = i % t.o, place = i / t.o, y0 = place / t.columns % t.rows * t.sy - t.top, x0 = place % t.columns * t.sx - t.left;
-    const float *picture = t.x + place / t.columns / t.rows * t.height * t.width * t.c + o / t.og * t.cg;
+    const int64_t place = i / t.o, line = place / t.columns, picture = line / t.rows;
+    const int o = static_cast<int>(i - place * t.o), y0 = static_cast<int>((line - picture * t.rows) * t.sy - t.top);
+    const int x0 = static_cast<int>((place - line * t.columns) * t.sx - t.left), c0 = o / static_cast<int>(t.og) * static_cast<int>(t.cg);
+    const int kh = static_cast<int>(t.kh), kw = static_cast<int>(t.kw), cg = static_cast<int>(t.cg);
     float sum = 0.0f;
-    for (int64_t ky = 0; ky < t.kh; ky++)
-      for (int64_t kx = 0; kx < t.kw; kx++) {
-        const int64_t y = y0 + ky * t.dy, x = x0 + kx * t.dx;
+    for (int ky = 0, k = 0; ky < kh; ky++)
+      for (int kx = 0; kx < kw; kx++, k += cg) {
+        const int y = y0 + ky * static_cast<int>(t.dy), x = x0 + kx * static_cast<int>(t.dx);
         if (y < 0 || y >= t.height || x < 0 || x >= t.width) continue;
-        const float *pixel = picture + (y * t.width + x) * t.c;
-        for (int64_t c = 0; c < t.cg; c++) sum = fmaf(pixel[c], w.at(o, (ky * t.kw + kx) * t.cg + c), sum);
+        const float *pixel = t.x + ((picture * t.height + y) * t.width + x) * t.c + c0;
+        for (int c = 0; c < cg; c++) sum = fmaf(pixel[c], w.at(o, k + c), sum);
       }
     t.out[i] = glu_of(t.activation, t.bias ? sum + t.bias[o] : sum);
   }

@@ -67,7 +67,7 @@ template <bool PACKED> struct FloatShared {
   float w[PACKED ? 1 : SLICES][PACKED ? 1 : FEW_DEPTH][33];
 };
 
-/* w[i] = element k0 + i of the lane's row. */
+/* w[i] = element k0 + i of the lane's row. Where it lies in each of the formats is worked out anew: kept for all of them it would spill. */
 template <bool PACKED>
 __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *group, const Span &span, int expert, int k0,
                                              float (&scratch)[PACKED ? 1 : FEW_DEPTH][33], float (&w)[FEW_DEPTH]) {
@@ -78,11 +78,11 @@ __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *gr
       w[i] = k0 + i < p.k ? __uint_as_float(ld_global_4(group + 64 * static_cast<int64_t>(k0 + i) + 4 * (lane % 16))) : 0.0f;
   } else {
     __syncwarp();
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < 2; i++) {
       const int r = 16 * i + lane / 2, k = 8 * (lane % 2);
       float eight[8];
-      load8(p.format, row_of(p, span, 0, r, expert), k0 + k, p.k, p.codebooks, eight);
+      load8(p.format, row_of(p, span, 0, r, expert), again(k0 + k), p.k, p.codebooks, eight);
 #pragma unroll
       for (int j = 0; j < 8; j++) scratch[k + j][r] = eight[j];
     }
@@ -92,7 +92,8 @@ __device__ __forceinline__ void load_weights(const Product &p, const uint8_t *gr
   }
 }
 
-template <bool PACKED, int T> __global__ void __launch_bounds__(512) few_float(const Product p) {
+/* One block of 512 threads to a multiprocessor, so 128 registers a thread: left to itself the compiler takes 64 on some targets, and spills. */
+template <bool PACKED, int T> __global__ void __launch_bounds__(512, 1) few_float(const Product p) {
   auto &sh = shared<FloatShared<PACKED>>();
   Part part;
   if (!part_of<T>(p, part)) return;
@@ -108,7 +109,7 @@ template <bool PACKED, int T> __global__ void __launch_bounds__(512) few_float(c
     load_weights<PACKED>(p, group, span, part.expert, k, sh.w[PACKED ? 0 : warp], w);
 #pragma unroll
     for (int row = 0; row < TILE_ROWS * T; row++) {
-      if (row >= rows) continue;
+      if (row >= rows) break;
 #pragma unroll
       for (int i = 0; i < FEW_DEPTH; i += 4) {
         const float4 v = __ldg(reinterpret_cast<const float4 *>(x + row * p.x_stride + 4 * static_cast<int64_t>(k + i)));

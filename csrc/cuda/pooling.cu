@@ -16,7 +16,7 @@ namespace {
 
 using namespace pe;
 
-enum { THREADS = 256, MOST_BLOCKS = 65535 };
+enum { THREADS = 256, MOST_BLOCKS = 65535, RESIZE_BLOCKS = 4 }; /* the last of a multiprocessor: 64 registers a thread */
 
 /* The picture, the result, and how windows stand: `even` divides the picture, else they are strided. */
 struct Pool {
@@ -71,21 +71,21 @@ __device__ __forceinline__ float total_of(pe_axis a, int i, pe_range r) {
   return a.antialias ? sum : 1.0f;
 }
 
-__global__ void __launch_bounds__(THREADS) resize_kernel(Resize t, int64_t count) {
+__global__ void __launch_bounds__(THREADS, RESIZE_BLOCKS) resize_kernel(Resize t, int64_t count) {
   const int64_t step = (int64_t)gridDim.x * THREADS;
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step) {
-    const int64_t place = i / t.c;
-    const int column = (int)(place % t.across.to), row = (int)(place / t.across.to % t.down.to);
-    const float *picture = t.x + place / t.across.to / t.down.to * t.down.size * t.across.size * t.c + i % t.c;
+    const int64_t place = i / t.c, line = place / t.across.to, image = line / t.down.to;
+    const int column = (int)(place - line * t.across.to), row = (int)(line - image * t.down.to);
+    const float *picture = t.x + image * t.down.size * t.across.size * t.c + (i - place * t.c);
+    const int64_t pitch = t.across.size * t.c;
     const pe_range y = pe_taps_of(t.down, row), x = pe_taps_of(t.across, column);
     const float of_y = total_of(t.down, row, y), of_x = total_of(t.across, column, x);
     float found = 0.0f;
     for (int b = 0; b < x.count; b++) {
-      const int64_t at = max(0, min(t.across.size - 1, x.first + b));
+      const float *pixels = picture + max(0, min(t.across.size - 1, x.first + b)) * t.c;
       float sum = 0.0f;
       for (int a = 0; a < y.count; a++) {
-        const int64_t line = max(0, min(t.down.size - 1, y.first + a));
-        const float w = pe_tap_weight(t.down, row, y.first + a) / of_y, v = picture[(line * t.across.size + at) * t.c];
+        const float w = pe_tap_weight(t.down, row, y.first + a) / of_y, v = pixels[max(0, min(t.down.size - 1, y.first + a)) * pitch];
         sum = a ? fmaf(v, w, sum) : v * w;
       }
       const float w = pe_tap_weight(t.across, column, x.first + b) / of_x;
