@@ -22,6 +22,7 @@ _ARM = {
     "generic": [],
     "neon": ["-march=armv8.2-a+dotprod+fp16"],
     "i8mm": ["-march=armv8.2-a+dotprod+fp16+i8mm"],
+    "sve256": ["-march=armv8.2-a+dotprod+fp16+i8mm+sve", "-msve-vector-bits=256"],
     "sme": ["-march=armv8.2-a+dotprod+fp16+i8mm+sme"],  # clang 18
 }
 _ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
@@ -30,15 +31,17 @@ _ISAS = {"x86_64": _X86, "AMD64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64":
 # kernels (`codegen.generate` writes it); all other kernels are those of the set named (cpu/isa.c).
 PRODUCTS = sorted([*CSRC.glob("cpu/linear*.c"), CSRC / "cpu" / "experts.c"])
 TABLES = {"products": PRODUCTS}
-PARTIAL = {"avxvnni": "avx2", "sme": "i8mm"}
+PARTIAL = {"avxvnni": "avx2", "sve256": "i8mm", "sme": "i8mm"}
 
 # What a compiler must be able to read, beside the flags, to build a partial set. GCC, which knows SME from 14 on, makes vectors of SVE out of
 # ordinary code too where it is told of SME, and Apple's processors run SVE in streaming mode only.
-_READS = {"sme": "#include <arm_sme.h>\n#if !defined(__clang__)\n#error\n#endif\n"}
+_CLANG = "#if !defined(__clang__)\n#error\n#endif\n"
+_READS = {"sve256": f"{_CLANG}#include <arm_neon_sve_bridge.h>\n", "sme": f"{_CLANG}#include <arm_sme.h>\n"}
 
 # zig names processors by -mcpu with LLVM's words for features.
 ZIG_WORDS = {"-march=armv8.2-a+dotprod+fp16": "-mcpu=generic+v8_2a+dotprod+fullfp16",
              "-march=armv8.2-a+dotprod+fp16+i8mm": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm",
+             "-march=armv8.2-a+dotprod+fp16+i8mm+sve": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm+sve",
              "-march=armv8.2-a+dotprod+fp16+i8mm+sme": "-mcpu=generic+v8_2a+dotprod+fullfp16+i8mm+sme"}
 
 # -ffp-contract=off: whether products and sums are fused is said in simd.h and never left to the compiler.

@@ -28,6 +28,10 @@ static int has_avxvnni(void) { return pe_x86_ask().avxvnni; }
 extern const pe_kernel_entry pe_sme_kernels[];
 #endif
 
+#if defined(PE_HAVE_sve256)
+extern const pe_kernel_entry pe_sve256_kernels[];
+#endif
+
 #if defined(PE_HAVE_i8mm)
 extern const pe_kernel_entry pe_i8mm_kernels[];
 extern pe_status pe_i8mm_quantize(int32_t, const float *, void *, int64_t);
@@ -52,6 +56,14 @@ static int has_neon(void) {
   return (caps & HWCAP_ASIMDDP) && (caps & HWCAP_ASIMDHP);
 }
 static int has_i8mm(void) { return has_neon() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM); }
+#if defined(PE_HAVE_sve256)
+static int has_sve256(void) {
+  uint64_t bytes;
+  if (!has_i8mm() || !(getauxval(AT_HWCAP) & 1ul << 22) || !(getauxval(AT_HWCAP2) & 1ul << 9)) return 0; /* HWCAP_SVE, HWCAP2_SVEI8MM */
+  __asm__(".inst 0x04bf5020\n\tmov %0, x0" : "=r"(bytes) : : "x0");                                   /* rdvl x0, #1 */
+  return bytes == 32;
+}
+#endif
 #if defined(PE_HAVE_sme)
 static int has_outer_products(void) {
   const unsigned long all = 1ul << 23 | 1ul << 26 | 1ul << 29; /* HWCAP2_SME, HWCAP2_SME_I8I32, HWCAP2_SME_F32F32 */
@@ -59,6 +71,9 @@ static int has_outer_products(void) {
 }
 #endif
 #else
+#if defined(PE_HAVE_sve256)
+static int has_sve256(void) { return 0; }
+#endif
 static int has_neon(void) { return 1; } /* every Apple and Windows arm64 machine has dot products */
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -108,6 +123,9 @@ const pe_isa pe_isas[] = {
 #endif
 #if defined(PE_HAVE_sme)
   {"sme", pe_sme_kernels, pe_i8mm_kernels, has_sme, pe_i8mm_quantize, pe_i8mm_nearest},
+#endif
+#if defined(PE_HAVE_sve256)
+  {"sve256", pe_sve256_kernels, pe_i8mm_kernels, has_sve256, pe_i8mm_quantize, pe_i8mm_nearest},
 #endif
 #if defined(PE_HAVE_i8mm)
   {"i8mm", pe_i8mm_kernels, 0, has_i8mm, pe_i8mm_quantize, pe_i8mm_nearest},

@@ -2,7 +2,7 @@
  *
  *   v16f  16 float          v16i  16 int32          v64u  64 bytes, seen as 16 lanes of 4
  *
- * avx512 holds one in 1 register, avx2 in 2, neon and generic in 4: the struct members a, b, c, d are those parts. What the
+ * avx512 holds one in 1 register, avx2 and sve256 in 2, neon and generic in 4: the struct members a, b, c, d are those parts. What the
  * compiler's vector operators can say (+ - * & | ^ << >>) is written once for all; each instruction set adds the rest as
  * functions of one part. Loads and stores need no alignment. The order of operations inside a function is the same everywhere,
  * so machines with a fused multiply-add agree bit for bit; generic rounds the product of v16f_fma first.
@@ -32,6 +32,9 @@
 #if defined(__ARM_FEATURE_SME)
 #define PE_SME 1
 #endif
+#if defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS == 256
+#define PE_SVE256 1
+#endif
 #include <arm_neon.h>
 #else
 #define PE_GENERIC 1
@@ -43,7 +46,7 @@
 
 #if defined(PE_AVX512)
 #define PE_PARTS 1
-#elif defined(PE_AVX2)
+#elif defined(PE_AVX2) || defined(PE_SVE256)
 #define PE_PARTS 2
 #else
 #define PE_PARTS 4
@@ -185,43 +188,11 @@ PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) {
 }
 #endif
 
+#elif defined(PE_SVE256)
+#include "simd_sve.h"
+
 #elif defined(PE_NEON)
-#define PE_DOT_ZERO 128
-PE_INLINE pe_pf p_fma(pe_pf a, pe_pf b, pe_pf c) {
-  return (pe_pf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-PE_INLINE pe_pf p_select_lt(pe_pf a, pe_pf b, pe_pf x, pe_pf y) {
-  return (pe_pf)vbslq_f32(vcltq_f32((float32x4_t)a, (float32x4_t)b), (float32x4_t)x, (float32x4_t)y);
-}
-PE_INLINE pe_pf p_min(pe_pf a, pe_pf b) { return p_select_lt(a, b, a, b); }
-PE_INLINE pe_pf p_max(pe_pf a, pe_pf b) { return p_select_lt(b, a, a, b); }
-PE_INLINE pe_pf p_sqrt(pe_pf a) { return (pe_pf)vsqrtq_f32((float32x4_t)a); }
-PE_INLINE pe_pi p_round(pe_pf a) { return (pe_pi)vcvtnq_s32_f32((float32x4_t)a); }
-PE_INLINE pe_pf p_to_f(pe_pi a) { return (pe_pf)vcvtq_f32_s32((int32x4_t)a); }
-PE_INLINE pe_pi p_maxi(pe_pi a, pe_pi b) { return (pe_pi)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
-PE_INLINE pe_pf p_f16(const void *p) {
-  return (pe_pf)vcvt_f32_f16(vreinterpret_f16_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p))));
-}
-PE_INLINE void p_to_f16(void *p, pe_pf v) {
-  vst1_u8((uint8_t *)p, vreinterpret_u8_f16(vcvt_f16_f32((float32x4_t)v)));
-}
-PE_INLINE pe_pi p_u16(const void *p) { return (pe_pi)vmovl_u16(vreinterpret_u16_u8(vld1_u8((const uint8_t *)p))); }
-PE_INLINE pe_pi p_i8(const void *p) {
-  int32_t w;
-  memcpy(&w, p, 4);
-  return (pe_pi)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(w)))));
-}
-PE_INLINE void p_to_u16(void *p, pe_pi v) { vst1_u8((uint8_t *)p, vreinterpret_u8_s16(vmovn_s32((int32x4_t)v))); }
-PE_INLINE void p_to_i8(void *p, pe_pi v) {
-  int16x4_t h = vqmovn_s32((int32x4_t)v);
-  int32_t w = vget_lane_s32(vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(h, h))), 0);
-  memcpy(p, &w, 4);
-}
-PE_INLINE pe_pb p_table(const uint8_t t[16], pe_pb i) { return (pe_pb)vqtbl1q_u8(vld1q_u8(t), (uint8x16_t)i); }
-PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) {
-  return (pe_pi)vdotq_s32((int32x4_t)acc, (int8x16_t)w, (int8x16_t)x);
-}
-PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_u7(acc, w ^ (uint8_t)0x80, x); }
+#include "simd_neon.h"
 
 #else
 #define PE_DOT_ZERO 128
@@ -324,10 +295,7 @@ PE_INLINE pe_pi p_dot_u7(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_s(acc, w, x
 PE_INLINE pe_pi p_dot_z128(pe_pi acc, pe_pb w, pe_pb x) { return p_dot_s(acc, w ^ (uint8_t)0x80, x); }
 #endif
 
-#if defined(PE_NEON) /* one instruction each */
-PE_INLINE pe_pb p_insert(pe_pb a, pe_pb b, uint8_t mask) { return (pe_pb)vbslq_u8(vdupq_n_u8(mask), (uint8x16_t)b, (uint8x16_t)a); }
-PE_INLINE pe_pb p_high_nibbles(pe_pb a) { return (pe_pb)vshrq_n_u8((uint8x16_t)a, 4); }
-#else
+#if !defined(PE_NEON) || defined(PE_SVE256) /* NEON has an instruction for each */
 PE_INLINE pe_pb p_insert(pe_pb a, pe_pb b, uint8_t mask) { return a | (b & mask); }
 PE_INLINE pe_pb p_high_nibbles(pe_pb a) { return (pe_pb)((pe_ph)a >> 4) & 15; }
 #endif
@@ -358,7 +326,7 @@ PE_INLINE v64u v64u_set1(uint8_t x) { return (v64u){(pe_pb)_mm512_set1_epi8((cha
 PE_INLINE v16f v16f_set1(float x) { pe_pf v = (pe_pf)_mm256_set1_ps(x); return (v16f){v, v}; }
 PE_INLINE v16i v16i_set1(int32_t x) { pe_pi v = (pe_pi)_mm256_set1_epi32(x); return (v16i){v, v}; }
 PE_INLINE v64u v64u_set1(uint8_t x) { pe_pb v = (pe_pb)_mm256_set1_epi8((char)x); return (v64u){v, v}; }
-#else
+#elif !defined(PE_SVE256)
 PE_INLINE v16f v16f_set1(float x) { pe_pf v = {x, x, x, x}; return (v16f){v, v, v, v}; }
 PE_INLINE v16i v16i_set1(int32_t x) { pe_pi v = {x, x, x, x}; return (v16i){v, v, v, v}; }
 PE_INLINE v64u v64u_set1(uint8_t x) {
@@ -522,6 +490,10 @@ PE_INLINE v16f v16f_first_n(v16f v, int64_t n, float fill) {
 #define PE_FOLD(v, f)                                                                                                  \
   __m256 h = f##256(_mm512_castps512_ps256((__m512)(v).a), _mm512_extractf32x8_ps((__m512)(v).a, 1));                  \
   __m128 q = f##128(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif defined(PE_SVE256)
+#define PE_FOLD(v, f)                                                                                                  \
+  const pe_pf h = f##256((v).a, (v).b);                                                                                \
+  const float32x4_t q = f##128(SV_LOW(h), SV_HIGH(h));
 #elif PE_PARTS == 2
 #define PE_FOLD(v, f)                                                                                                  \
   __m256 h = f##256((__m256)(v).a, (__m256)(v).b);                                                                     \
@@ -529,7 +501,12 @@ PE_INLINE v16f v16f_first_n(v16f v, int64_t n, float fill) {
 #else
 #define PE_FOLD(v, f) pe_pf q = f##128(f##128((v).a, (v).c), f##128((v).b, (v).d));
 #endif
-#if PE_PARTS <= 2
+#if defined(PE_SVE256)
+#define pe_add256(x, y) ((x) + (y))
+#define pe_max256(x, y) p_max(x, y)
+#define pe_add128(x, y) ((x) + (y))
+#define pe_max128(x, y) vbslq_f32(vcltq_f32(y, x), x, y)
+#elif PE_PARTS <= 2
 #define pe_add256(x, y) _mm256_add_ps(x, y)
 #define pe_max256(x, y) _mm256_max_ps(x, y)
 #define pe_add128(x, y) _mm_add_ps(x, y)
@@ -552,6 +529,8 @@ PE_INLINE float v16f_hmax(v16f v) { /* of numbers; what it gives for NaN is not 
 PE_INLINE int32_t v16i_hmax(v16i v) {
 #if defined(PE_AVX512)
   return _mm512_reduce_max_epi32((__m512i)v.a);
+#elif defined(PE_SVE256)
+  return svmaxv_s32(SV_ALL, (sv_i)p_maxi(v.a, v.b));
 #else
 #if defined(PE_AVX2)
   __m256i h = _mm256_max_epi32((__m256i)v.a, (__m256i)v.b);

@@ -130,7 +130,7 @@ PE_INLINE void transpose16(const v16f x[16], float *dst, int64_t ld) {
     transpose8(bottom, dst + 8 * ld + j, ld);
   }
 }
-#else
+#elif !defined(PE_SVE256) /* whose kernels transpose nothing */
 PE_INLINE void transpose4(pe_pf a, pe_pf b, pe_pf c, pe_pf d, float *dst, int64_t ld) {
   pe_pf ac = __builtin_shufflevector(a, c, 0, 4, 1, 5), AC = __builtin_shufflevector(a, c, 2, 6, 3, 7);
   pe_pf bd = __builtin_shufflevector(b, d, 0, 4, 1, 5), BD = __builtin_shufflevector(b, d, 2, 6, 3, 7);

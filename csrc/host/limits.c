@@ -77,6 +77,7 @@ static int has(const char *name) {
 static int has_neon(void) { return has("neon"); }
 static int has_i8mm(void) { return has("i8mm"); }
 static int has_sme(void) { return has("sme"); }
+static int has_sve256(void) { return has("sve256"); }
 #endif
 static int always(void) { return 1; }
 
@@ -93,6 +94,7 @@ static const struct {
   {"avx2", has_avx2, int8_avx2, fp32_avx2},
 #elif defined(__aarch64__)
   {"sme", has_sme, int8_i8mm, fp32_neon}, /* what a core has for itself: the unit of outer products is shared */
+  {"sve256", has_sve256, int8_i8mm, fp32_neon}, /* whose vectors are twice as long, and half as many at once */
   {"i8mm", has_i8mm, int8_i8mm, fp32_neon},
   {"neon", has_neon, int8_neon, fp32_neon},
 #endif

@@ -14,7 +14,7 @@ extern "C" {
 PE_API uint64_t pe_limit_read(const void *data, int64_t n);
 
 /* Execute `rounds` x some independent multiply-adds in registers, with the best instructions of an instruction set
- * ("avx512", "avxvnni", "avx2", "sme", "i8mm", "neon", "generic"). Returns the operations done, a product and a sum counting 2; 0 if this machine
+ * ("avx512", "avxvnni", "avx2", "sme", "sve256", "i8mm", "neon", "generic"). Returns the operations done, a product and a sum counting 2; 0 if this machine
  * does not have the instruction set. pe_limit_int8: bytes into 32-bit sums. pe_limit_fp32: float. */
 PE_API double pe_limit_int8(const char *isa, int64_t rounds);
 PE_API double pe_limit_fp32(const char *isa, int64_t rounds);

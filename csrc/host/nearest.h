@@ -25,7 +25,7 @@ typedef struct pe_nearest_input {
 /* Bytes of scratch, which keeps nothing between calls; aligned to 8 bytes. */
 PE_API int64_t pe_nearest_scratch(int64_t n_kept, int64_t width);
 
-/* nearest and cosine [n_evicted]. `isa` is "avx512", "avxvnni", "avx2", "sme", "i8mm", "neon" or "generic", NULL for the machine's best; all give the same bits.
+/* nearest and cosine [n_evicted]. `isa` is "avx512", "avxvnni", "avx2", "sme", "sve256", "i8mm", "neon" or "generic", NULL for the machine's best; all give the same bits.
  * Calls with other evicted rows may run side by side. PE_BAD_SHAPE: n_kept or width below 1. PE_BAD_VALUE: a row that is not finite, or
  * whose length is not. PE_NO_KERNEL: no such instruction set here. */
 PE_API pe_status pe_nearest(const char *isa, const pe_nearest_input *input, void *scratch, int32_t *nearest, double *cosine);

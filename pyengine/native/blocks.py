@@ -20,7 +20,7 @@ def quantize(values: np.ndarray, dtype: DType, isa: str | None = None) -> np.nda
     """Return float32 `values` [..., n] as bytes, uint8 [..., dtype.size(n)]. The interpreter's lock is released meanwhile.
 
     Codes and scales are searched for the least sum of squared differences (csrc/cpu/encode_blocks.c); Q8_0 gives ggml's bytes.
-    `isa` forces an instruction set ("avx512", "avxvnni", "avx2", "sme", "i8mm", "neon", "generic").
+    `isa` forces an instruction set ("avx512", "avxvnni", "avx2", "sme", "sve256", "i8mm", "neon", "generic").
     Raises: RequestError for NaN, infinities, and values too large for the format's float16 scales, with the place of the worst;
     for a dtype that cannot be written and an instruction set that is not here. ShapeError where rows are not whole blocks.
     """

@@ -41,7 +41,7 @@ def test_reading_sums_every_word(native) -> None:
     assert native.lib.pe_limit_read(native.ffi.from_buffer(words), 64) == int(words[:8].sum())
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avxvnni", "avx2", "sme", "i8mm", "neon", "generic"])
+@pytest.mark.parametrize("isa", ["avx512", "avxvnni", "avx2", "sme", "sve256", "i8mm", "neon", "generic"])
 @pytest.mark.parametrize("kind", ["int8", "fp32"])
 def test_twice_the_rounds_take_twice_the_time(native, isa: str, kind: str) -> None:
     """A loop that the compiler has removed would not."""

@@ -111,7 +111,7 @@ def argmax(keys: np.ndarray, kept: np.ndarray, evicted: np.ndarray) -> tuple[np.
 def isas() -> list[str]:
     keys = np.eye(2)
     there = []
-    for isa in ("avx512", "avxvnni", "avx2", "sme", "i8mm", "neon", "generic"):
+    for isa in ("avx512", "avxvnni", "avx2", "sme", "sve256", "i8mm", "neon", "generic"):
         if search(keys, np.array([0]), np.array([1]), isa)[2] == 0:
             there.append(isa)
     return there

@@ -1,4 +1,4 @@
-"""The kernels for 64-bit Arm (NEON with dot products, i8mm, SME), cross-compiled and run under qemu.
+"""The kernels for 64-bit Arm (NEON with dot products, i8mm, SVE, SME), cross-compiled and run under qemu.
 
 Every declared case of every op, every weight format of `linear` and `rows`, and hostile run-time values, against the
 NumPy reference; and the same bits as this machine's own kernels. The tests imported from test_kernels are collected
@@ -51,7 +51,7 @@ def arm(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=["neon", "i8mm", "sme"])
+@pytest.fixture(params=["neon", "i8mm", "sve256", "sme"])
 def isa(arm: str, request: pytest.FixtureRequest) -> str:
     """An instruction set whose products are a text of their own."""
     needs_instruction_set(arm, request.param)

@@ -110,7 +110,7 @@ def test_instruction_sets_agree(name: str) -> None:
     x = numbers("heavy tails")[:8]
     want = quantize(x, dtype(name))
     found = 0
-    for isa in ("avx512", "avx2", "sme", "i8mm", "neon"):
+    for isa in ("avx512", "avx2", "sme", "sve256", "i8mm", "neon"):
         try:
             same = quantize(x, dtype(name), isa)
         except RequestError:                                                 # not on this machine

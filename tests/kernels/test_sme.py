@@ -1,4 +1,5 @@
-"""SME's tiles under qemu: the bits of i8mm for every number of rows and steps, the length of vectors, and the state of the processor."""
+"""Tiles of SME and products of SVE under qemu: the bits of i8mm for every number of rows and steps, the length of vectors, and the state of
+the processor."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from collections.abc import Sequence
 import crossbuild
 import numpy as np
 import pytest
-from crossbuild import Call, SVL
+from crossbuild import Call, LENGTHS, SVE, SVL
 from op_cases import rng_of
 from test_linear_kernels import FLOATS, QUANTIZED, Matrix, rows_of
 from test_neon import arm, linear_call, needs_instruction_set, results_of  # noqa: F401  arm: a fixture
 
+FEW = (1, 2, 3, 4, 5, 7)
 ROWS = (15, 16, 17, 31, 32, 48, 49, 64, 65, 130, 300)                 # a tile has 16 rows, or 64 of floats; a block 256
 
 
@@ -22,7 +24,7 @@ def sme(arm: str) -> str:  # noqa: F811
     return arm
 
 
-def outputs(target: str, isa: str, threads: int, calls: Sequence[Call], cpu: str = SVL.format(64)) -> list[bytes]:
+def outputs(target: str, isa: str, threads: int, calls: Sequence[Call], cpu: str = LENGTHS) -> list[bytes]:
     return [results_of(call, done)[0].tobytes() for call, done in zip(calls, crossbuild.run(target, isa, threads, calls, cpu=cpu), strict=True)]
 
 
@@ -49,11 +51,24 @@ def test_sme_has_the_bits_of_i8mm(sme: str, name: str) -> None:
         assert outputs(sme, "sme", threads, calls) == want
 
 
+@pytest.mark.parametrize("name", [*QUANTIZED, *FLOATS])
+def test_sve256_has_the_bits_of_i8mm(arm: str, name: str) -> None:  # noqa: F811
+    needs_instruction_set(arm, "sve256")
+    rng, unit = rng_of(("sve", name)), 256 if name.endswith(("_K", "_XS")) else 32
+    calls = []
+    for n, k in ((1, unit), (49, 5 * unit), (17, 4096 + unit)):
+        w, x = Matrix(rng, name, n, k), rows_of(rng, max(FEW), k)
+        calls += [linear_call(x[:m], [w]) for m in FEW]
+    want = outputs(arm, "i8mm", 1, calls)
+    for threads in (1, 3):
+        assert outputs(arm, "sve256", threads, calls) == want
+
+
 @pytest.mark.parametrize("bits", [128, 256, 512, 1024, 2048])
 def test_vectors_of_other_lengths_are_refused(sme: str, bits: int) -> None:
-    """In streaming mode; i8mm is there whatever they are."""
-    have = crossbuild.instruction_sets(sme, SVL.format(bits // 8))
-    assert ("sme" in have) == (bits == 512) and "i8mm" in have
+    """In streaming mode, and of SVE outside of it; i8mm is there whatever they are."""
+    have = crossbuild.instruction_sets(sme, f"{SVL.format(bits // 8)},{SVE.format(bits // 8)}")
+    assert ("sme" in have) == (bits == 512) and ("sve256" in have) == (bits == 256) and "i8mm" in have
 
 
 def test_ordinary_code_needs_no_sve(sme: str) -> None:

@@ -99,10 +99,12 @@ TARGETS = {
 }
 
 
-SVL = "sme-default-vector-length={}"         # bytes of a vector in streaming mode: an emulated processor gives 32 where nobody asks
+# Bytes of vectors: in streaming mode, which the emulator makes 32 where nobody asks, and of SVE otherwise, 64 there.
+SVL, SVE = "sme-default-vector-length={}", "sve-default-vector-length={}"
+LENGTHS = f"{SVL.format(64)},{SVE.format(32)}"                               # those that sme and sve256 are for
 
 
-def emulator(target: Target, cpu: str = SVL.format(64)) -> list[str]:
+def emulator(target: Target, cpu: str = LENGTHS) -> list[str]:
     """What stands before a program of that target to run it here; cpu: settings of an emulated Arm processor. Raises: ToolMissing."""
     if target.windows and sys.platform != "win32":
         if shutil.which("wine"):
@@ -294,7 +296,7 @@ def _encode(call: Call) -> bytes:
 
 
 def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dict[int, np.ndarray] | None = None,
-        cpu: str = SVL.format(64), timeout: float = 600) -> list[Outcome]:
+        cpu: str = LENGTHS, timeout: float = 600) -> list[Outcome]:
     """Run calls one after another on a target that has been built. cpu: as in `emulator`.
 
     Raises: ToolMissing; RuntimeError when the runner ends early, naming the op that left its memory.
@@ -331,7 +333,7 @@ def run(name: str, isa: str, threads: int, calls: Sequence[Call], codebooks: dic
     return out
 
 
-def instruction_sets(name: str, cpu: str = SVL.format(64)) -> list[str]:
+def instruction_sets(name: str, cpu: str = LENGTHS) -> list[str]:
     """Those that a built target can run here; cpu: as in `emulator`."""
     command = [*emulator(TARGETS[name], cpu), str(runner_of(name))]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment(TARGETS[name])).stdout.split()
@@ -339,6 +341,7 @@ def instruction_sets(name: str, cpu: str = SVL.format(64)) -> list[str]:
 
 # ---- counting instructions ---------------------------------------------------------------------------------------
 
+_PRODUCTS = {"sdot": 1, "smmla": 2, "smopa": 32}                                # rows of weights x 4 of k x rows of x: 4, 8, 256; twice, of SVE
 _BRANCH = re.compile(r"(?:b|b\.\w+|cbn?z|tbn?z)\s.*?0x([0-9a-f]+) <")
 
 
@@ -361,7 +364,7 @@ def _loops(code: Path) -> dict[str, list[list[str]]]:
 def _cell(loops: list[list[str]], rows: int, least: float = 1) -> str:
     """Instructions of the shortest loop with the products of so many rows and `least` of a step, and those of the stack."""
     for loop in loops:
-        steps = sum(i.startswith("sdot") + 2 * i.startswith("smmla") + 64 * i.startswith("smopa") for i in loop) / (32 * rows)
+        steps = sum(_PRODUCTS.get(i.split()[0], 0) * (1 + (" z" in i)) for i in loop) / (32 * rows)
         if steps >= least:
             return f"{len(loop) / steps / 16:.1f} ({sum('[sp' in i for i in loop) / steps / 16:.1f})"
     raise BuildError(f"no loop of {rows} rows is found")
@@ -370,8 +373,8 @@ def _cell(loops: list[list[str]], rows: int, least: float = 1) -> str:
 def _unpacked(loops: list[list[str]]) -> str:
     """Those of the shortest loop that stores the 32 vectors of codes of a whole step."""
     for loop in loops:
-        stored = [i for i in loop if re.match(r"st(?:u?r|p)\s+q|st2\s", i) and "[sp" not in i]
-        stores = len(stored) + sum(i.startswith(("stp", "st2")) for i in stored)
+        stored = [i for i in loop if re.match(r"st(?:u?r|p)\s+[qz]|st2\s|st1[bwd]\s", i) and "[sp" not in i]
+        stores = len(stored) + sum(i.startswith(("stp", "st2")) or " z" in i.replace("\t", " ").replace("{", "") for i in stored)
         if stores >= 32:
             return f"{len(loop) / 16:.1f} ({sum('[sp' in i for i in loop) / 16:.1f})"
     raise BuildError("no loop that stores a step is found")
@@ -387,17 +390,19 @@ def instruction_counts(name: str) -> str:
 
     build(name)
     objects = ROOT / "build" / "cross" / name
-    few = _loops(objects / "neon" / "linear_few.o")
-    tiles = {isa: _loops(objects / isa / "linear_tiles.o") for isa in ("neon", "i8mm")}
+    few = {isa: _loops(objects / isa / "linear_few.o") for isa in ("neon", "sve256")}
+    tiles = {isa: _loops(objects / isa / "linear_tiles.o") for isa in ("neon", "i8mm", "sve256")}
     outer = _loops(objects / "sme" / "linear_sme.o")
-    rows = ["| format | decode, 1 row | decode, 2 rows | unpack | tile, 4 rows | i8mm: unpack | i8mm: tile, 4 rows | sme: unpack | sme: tile, 16 rows |",
-            "|---|---|---|---|---|---|---|---|---|"]
+    kinds = ["decode, 1 row", "decode, 2 rows", "unpack", "tile, 4 rows"]
+    heads = ["format", *kinds, *(f"i8mm: {k}" for k in kinds[2:]), *(f"sve256: {k}" for k in kinds), "sme: unpack", "sme: tile, 16 rows"]
+    rows = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for form, packed in PACKED_FORMS.items():
         if packed.steps is None:
             continue
         tile = "zero128" if packed.zero == 128 else packed.steps
-        cells = [_cell(few[f"decode_{form}_{n}"], n) for n in (1, 2)]
+        cells = []
         for isa, loops in tiles.items():  # neon takes a part of 4 rows of the weights after the other
+            cells += [_cell(few[isa][f"decode_{form}_{n}"], n) for n in (1, 2) if isa in few]
             cells += [_unpacked(loops[f"unpack_{form}"]), _cell(loops[f"tile_{tile}"], 4, 1 / 4 if isa == "neon" else 1)]
         cells += [_unpacked(outer[f"unpack_{form}"]), _cell(outer[f"integers_{'zero' if tile == 'zero128' else tile}"], 16)]
         rows.append("| " + " | ".join([form, *cells]) + " |")
