@@ -252,11 +252,11 @@ def reads(job: Job, copy: Copy) -> dict[str, int]:
 def traffic(job: Job, copy: Copy) -> int:
     """Count the bytes that one run must move: what it must read, and every result written."""
     results, _, _ = copy.bind(0)
-    written = sum(t.nbytes_max for t, spec in zip(results, _specs(job, len(results))) if spec.kind != "Same")
+    written = sum(t.nbytes_max for t, spec in zip(results, result_specs(job, len(results))) if spec.kind != "Same")
     return sum(reads(job, copy).values()) + written
 
 
-def _specs(job: Job, n: int) -> Sequence[Any]:
+def result_specs(job: Job, n: int) -> Sequence[Any]:
     """Return the declarations of an op's n results."""
     return job.op.results * n if job.op.results[0].many else job.op.results[:n]
 
@@ -359,7 +359,7 @@ class Timed:
             results, new_inputs, new_states = copy.bind(i)
             arrays |= new_inputs
             states |= new_states
-            specs = _specs(job, len(results))
+            specs = result_specs(job, len(results))
             own = [t for t, spec in zip(results, specs) if spec.kind != "Same"]
             if not own:                                                        # all in place: look at one element of the state
                 view = results[0]

@@ -121,7 +121,7 @@ class Loaded:
             results, new_inputs, new_states = copy.bind(i)
             arrays |= new_inputs
             states |= new_states
-            specs = job.op.results * len(results) if job.op.results[0].many else job.op.results
+            specs = kernels.result_specs(job, len(results))
             own = [t for t, spec in zip(results, specs) if spec.kind != "Same"] or [_corner(results[0])]
             if i == 0:
                 self.specs = specs
