@@ -191,7 +191,7 @@ def _add_cache(suites: Any, common: argparse.ArgumentParser) -> None:
                        help="the demo model of many pictures (default); with --budget any text model")
     cache.add_argument("-n", "--number", type=int, default=50, help="questions of each task and number of pictures (default: 50)")
     cache.add_argument("--seed", type=int, default=20_261_201, help="of the pictures")
-    cache.add_argument("--task", action="append", help="may be repeated (default: those that the demo model has learnt)")
+    cache.add_argument("--task", action="append", help="may be repeated (default: all)")
     cache.add_argument("--pictures", type=int, action="append", metavar="N", help="of a question, may be repeated (default: 8, 16, 24)")
     cache.add_argument("--tokens", type=int, choices=[16, 25, 36], default=16, help="of a picture (default: 16)")
     cache.add_argument("--policy", action="append", metavar="TEXT", help="look-m:merge=pivotal, h2o and the like, may be repeated (default: all)")

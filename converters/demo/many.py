@@ -1,7 +1,8 @@
 """Conversations about many pictures, of 16 to 36 tokens each: what a cache that forgets has to keep.
 
 An album shows shapes, one of them on each picture, texts and forms. Its pictures are numbered by a text before each of them, and
-questions name a number or ask for one; or they are not, and one picture alone can answer each question. Frames show a shape that moves.
+questions name a number or ask for one; or they are not, and one picture alone can answer each question. Of two albums the second shows
+the same things but one. Frames show a shape that moves.
 How many pictures there are is the difficulty.
 
 As in `pictures`, all that is drawn belongs to the split of its contents.
@@ -16,13 +17,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pictures import COLOURS, GROUP, MOVES, SHAPES, Example, Mark, Picture, Turn, a_thing, form_picture, moving_pictures, shapes_picture, word_page
+from .pictures import (
+    COLOURS,
+    GROUP,
+    NOW,
+    SHAPES,
+    THEN,
+    Example,
+    Mark,
+    Picture,
+    Turn,
+    a_thing,
+    form_picture,
+    moving_pictures,
+    shapes_picture,
+    word_page,
+)
 
 SIDES = {16: (100, 125), 25: (128, 153), 36: (156, 181)}       # by tokens of a picture: pixels of a side
 LONGEST = 4                             # characters of a text
-TASKS = ("which", "item", "text", "colour", "shape", "only text", "line", "way")
+TASKS = ("colour", "shape", "only text", "line", "way", "item", "text", "which", "changed")
 
-OFTEN = {"which": 4, "item": 2}         # how often they are asked, beside others
+OFTEN = {"which": 2, "item": 2, "text": 5, "only text": 3, "line": 3}   # how often they are asked, beside others
+QUESTIONS = 12                          # about an album, at most
 
 
 class Shown(NamedTuple):
@@ -99,7 +116,8 @@ def album(rng: random.Random, shown: Sequence[Shown], numbered: bool, questions:
         turns.append(found[kind].pop(rng.randrange(len(found[kind]))))
         if not found[kind]:
             del found[kind]
-    return Example(tuple(s.picture for s in shown), tuple(turns), numbered=numbered, apart=len(turns) > 1)
+    before = tuple(str(n) for n in range(1, len(shown) + 1)) if numbered else ()
+    return Example(tuple(s.picture for s in shown), tuple(turns), before=before, apart=len(turns) > 1)
 
 
 def _chosen(rng: random.Random, pool: Sequence[Shown], n: int, texts: int = 1) -> list[Shown]:
@@ -119,23 +137,43 @@ def _chosen(rng: random.Random, pool: Sequence[Shown], n: int, texts: int = 1) -
     return shown
 
 
+MAKES = (draw_shape, draw_word, draw_shape, draw_form, draw_shape, draw_shape, draw_shape, draw_shape)
+
+
 def draw_pool(rng: random.Random, split: str, n: int, side: tuple[int, int]) -> list[Shown]:
     """Draw pictures that albums share: 6 of 8 show a shape, one a text and one a form."""
-    makes = (draw_shape, draw_word, draw_shape, draw_form, draw_shape, draw_shape, draw_shape, draw_shape)
-    return [makes[i % 8](rng, split, side) for i in range(n)]
+    return [MAKES[i % len(MAKES)](rng, split, side) for i in range(n)]
 
 
-def albums(rng: random.Random, split: str, n: int, number: int, tokens: int = 16) -> list[Example]:
-    """Draw n albums of `number` pictures out of a pool, which they share, with up to ten questions each; two of three are numbered.
+def albums(rng: random.Random, split: str, n: int, number: int, tokens: int = 16, pool: Sequence[Shown] = ()) -> list[Example]:
+    """Draw n albums of `number` pictures out of a pool, which they share, with up to QUESTIONS each; three of four are numbered.
 
-    One in four shows several texts.
+    Every second one may show several texts. Without a pool (of `draw_pool`) they draw one.
     """
-    pool = draw_pool(rng, split, max(32, n * number // 3), SIDES[tokens])
+    pool = pool or draw_pool(rng, split, max(32, n * number // 3), SIDES[tokens])
     out = []
-    for i in range(n):
-        texts = 1 if i % 4 else rng.randint(1, max(1, number // 4))
-        out.append(album(rng, _chosen(rng, pool, number, texts), i % 3 != 1, 10))
+    for _ in range(n):
+        texts = rng.choice((1, rng.randint(1, max(1, number // 4))))
+        out.append(album(rng, _chosen(rng, pool, number, texts), rng.random() < 0.75, QUESTIONS))
     return out
+
+
+def two_albums(rng: random.Random, number: int, pool: Sequence[Shown]) -> Example:
+    """Ask what changed from one album of shapes to a second one, which shows the same things in the same order but one new.
+
+    number: of all pictures; of an odd one, one less
+    """
+    by_shape: dict[str, list[Shown]] = {}
+    for s in pool:
+        by_shape.setdefault(s.shape, []).append(s)
+    by_shape.pop("", None)
+    new = rng.choice(list(by_shape))
+    first = [rng.choice([shape for shape in by_shape if shape != new]) for _ in range(number // 2)]
+    second = list(first)
+    second[rng.randrange(len(second))] = new
+    shown = tuple(rng.choice(by_shape[shape]).picture for shape in first + second)
+    before = tuple({0: THEN, len(first): NOW}.get(i, "") for i in range(len(shown)))
+    return Example(shown, (Turn("changed", "What changed?", f"{a_thing(new).capitalize()}."),), before=before)
 
 
 def frames_example(rng: random.Random, split: str, number: int, tokens: int = 16) -> Example:
@@ -152,6 +190,8 @@ def example(rng: random.Random, split: str, task: str, number: int, tokens: int 
     """Draw a conversation of one question of a task about `number` pictures of some `tokens` tokens each."""
     if task == "way":
         return frames_example(rng, split, number, tokens)
+    if task == "changed":
+        return two_albums(rng, number, draw_pool(rng, split, max(32, 2 * number), SIDES[tokens]))
     numbered = ALBUM_TASKS[task]
     while True:
         pool = draw_pool(rng, split, max(32, 2 * number), SIDES[tokens])
@@ -163,4 +203,6 @@ def example(rng: random.Random, split: str, task: str, number: int, tokens: int 
 # by kind of a training step: what draws n conversations of `number` pictures
 KINDS: dict[str, Callable[[random.Random, str, int, int, int], list[Example]]] = {
     "album": albums,
+    "changes": lambda rng, split, n, number, tokens: [
+        two_albums(rng, number, draw_pool(rng, split, 2 * number, SIDES[tokens])) for _ in range(n)],
     "frames": lambda rng, split, n, number, tokens: [frames_example(rng, split, number, tokens) for _ in range(n)]}

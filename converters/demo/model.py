@@ -1,8 +1,7 @@
-"""The demo model: its tokenizer, its configuration, packed batches and the forward pass that training uses.
+"""The demo model: its tokenizer, its configuration, packed batches and the aims that training has beside the answers.
 
-transformers' Qwen2_5_VLForConditionalGeneration, small. Its encoder runs picture by picture on a CPU; training here runs all
-pictures of a batch through the same modules at once, and those of one size through one attention call. `check_forward` holds
-this to transformers' own forward. Axes: n patches, r merged rows, b conversations, t tokens, s those of pictures, D hidden.
+transformers' Qwen2_5_VLForConditionalGeneration, small. Axes: n patches, r merged rows, b conversations, t tokens, s those of pictures,
+k tokens of answers, D hidden.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -26,17 +25,18 @@ import transformers
 from torch import Tensor, nn
 
 from . import pictures
-from .pictures import ALPHABET, COLOURS, GROUP, KEYS, SHAPES, Example, Picture, processed_size
+from .pictures import ALPHABET, COLOURS, GROUP, KEYS, SHAPES, Example, Picture, Turn, processed_size
 
 PATCH, MERGE, FRAMES = 14, 2, 2
 MEAN = STD = 0.5
 WIDTH = 192
 # M-RoPE gives columns the slowest turns of a head: with a usual base, those of 32 elements could not tell neighbours apart. With this base
-# all pairs turn so fast that nothing is found 50 positions away by what it is; so YaRN stops the three slowest, from the 13th on
+# all pairs turn so fast that nothing is found 50 positions away by what it is; so YaRN stops the six slowest, from the 10th on, and of the
+# others three are left to columns, five to rows
 TEXT = {"hidden_size": WIDTH, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6,
         "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "mrope_section": [2, 7, 7], "factor": 1000.0, "attention_factor": 1.0,
-                            "original_max_position_embeddings": 2048, "beta_fast": 54.7, "beta_slow": 53.2}}
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 10.0, "mrope_section": [2, 5, 9], "factor": 1000.0, "attention_factor": 1.0,
+                            "original_max_position_embeddings": 2048, "beta_fast": 83.8, "beta_slow": 82.3}}
 VISION = {"depth": 4, "hidden_size": WIDTH, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": WIDTH,
           "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES, "window_size": 4 * PATCH,
           "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
@@ -231,17 +231,22 @@ class Batch:
     positions: Tensor               # int64 [3, b, t]
     targets: Tensor                 # int64 [b, t]: the next token where it belongs to an answer, else -100
     asked: Tensor                   # int64 [5, b, t]: where an answer is: which of NAMED its question names, and digits; else -100
-    patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied
+    found: Tensor                   # int64 [2, b, t]: where an answer is, the picture that it is about in its conversation, from 0, if it
+    #                                 is found by what it shows, by its number; else -100
+    tasks: list[str]                # of the answers, in their order
+    patches: list[Tensor]           # per size: float32 [pictures, n, 3 * 14 * 14], window order is not applied; empty where soft is known
     grids: list[tuple[int, int]]    # per size: rows and columns of merged groups
     rows: Tensor                    # int64 [s]: which row of the encoder's output each image token takes
     glyphs: Tensor                  # int64 [r, QUARTERS]: the character whose centre lies in that quarter from the left; -100 unknown
     things: Tensor                  # int64 [r]: the shape whose centre lies there; -100 unknown
     boxes: Tensor                   # float32 [r, 4]: its box from the group's centre, in groups
     lines: Tensor                   # int64 [r]: the key of a form's line that lies there; -100 none
-    numbers: Tensor                 # int64 [s], of image tokens: of the picture in its conversation, from 0; -100 from NUMBERED on
+    numbers: Tensor                 # int64 [s], of image tokens: of the picture in its conversation, from 0
+    albums: Tensor                  # int64 [s]: of the first or the second of two albums, 0 or 1, where something lies; -100 elsewhere
     labels: Tensor                  # int64 [2, s]: digits of the number before the picture where something lies; -100 elsewhere
     places: Tensor                  # float32 [r, 2]: column and row of the group's centre in its picture, in groups
     seen: Tensor | None             # bool [b, 1, t, t]: which tokens see which, where turns are apart; None: all before them
+    soft: Tensor | None = None      # [r, D]: the encoder's rows, where they are known already
 
 
 def resized(picture: Picture) -> np.ndarray:
@@ -251,12 +256,18 @@ def resized(picture: Picture) -> np.ndarray:
     return np.asarray(image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC))
 
 
-def patches(picture: Picture) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return patches float32 [n, 3 * 14 * 14] in groups of 2 x 2, and the rows and columns of groups."""
+def grid_of(picture: Picture) -> tuple[int, int]:
+    """Return the rows and columns of a picture's groups of 2 x 2 patches."""
+    w, h = processed_size(*picture.size)
+    return h // GROUP, w // GROUP
+
+
+def patches(picture: Picture) -> np.ndarray:
+    """Cut a picture into patches float32 [n, 3 * 14 * 14], in groups of 2 x 2."""
     pixels = (resized(picture).astype(np.float32) / 255 - MEAN) / STD
-    h, w = pixels.shape[0] // GROUP, pixels.shape[1] // GROUP
+    h, w = grid_of(picture)
     x = pixels.reshape(h, MERGE, PATCH, w, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return x.reshape(h * w * MERGE * MERGE, -1), (h, w)
+    return x.reshape(h * w * MERGE * MERGE, -1)
 
 
 QUARTERS = 4                            # of a group's width: 7 pixels, in which there is hardly ever more than one character
@@ -292,17 +303,35 @@ def row_targets(picture: Picture, grid: tuple[int, int]) -> tuple[np.ndarray, np
     return glyphs, things, boxes, lines
 
 
-def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], np.ndarray, np.ndarray, list[int]]:
-    """Return token ids, targets, positions [3, t] as chat template and get_rope_index make them, what is asked for [5, t], and where each
-    turn begins that stands apart.
-    """
+class Said(NamedTuple):
+    """A conversation in tokens: as the fields of `Batch`, and where each turn begins that stands apart."""
+
+    ids: list[int]
+    targets: list[int]
+    positions: np.ndarray               # [3, t]
+    asked: np.ndarray                   # [7, t]: Batch.asked and Batch.found
+    starts: list[int]
+
+
+def about(example: Example, turn: Turn, number: int) -> tuple[int, int]:
+    """Return which picture a turn is about, found by what it shows, and found by the number in the question; -100: none."""
+    if example.second:
+        return next(n for n, p in enumerate(example.pictures) if n >= example.second and p.marks[0].what in turn.answer), -100
+    if example.numbered and turn.answer.startswith("Picture "):
+        return int(turn.answer.split()[1]) - 1, -100
+    return -100, number - 1 if example.numbered and number > 0 else -100
+
+
+def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> Said:
+    """Write a conversation in tokens, with positions as chat template and get_rope_index make them."""
     tokenizer, encode = make_tokenizer(), _encode
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids: list[int] = []
     targets: list[int] = []
     asked: list[list[int]] = []
-    named = [-100] * (len(NAMED) + 2)
-    coming = iter(enumerate(grids, 1))
+    nothing = [-100] * (len(NAMED) + 4)
+    named = nothing
+    coming = iter(enumerate(grids))
     if example.tools:
         ids += encode(f"<|im_start|>system\n{tools_text(example.tools)}<|im_end|>\n")
     starts: list[int] = []
@@ -310,7 +339,7 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
         if not (example.apart and starts):
             ids += encode("<|im_start|>user\n<tool_response>\n" if turn.pictures else "<|im_start|>user\n")
         for number, (h, w) in islice(coming, shown):
-            ids += encode(str(number)) if example.numbered else ()
+            ids += encode(example.before[number]) if example.before else ()
             ids += [*encode("<|vision_start|>"), *[pad] * (h * w), *encode("<|vision_end|>")]
         starts += [len(ids)] if example.apart else []
         end = "\n</tool_response>" if turn.pictures else ""
@@ -318,12 +347,13 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
         answer = encode(f"{turn.mistaken or turn.answer}<|im_end|>")
         if not turn.pictures:                                                  # else it is what was asked for before
             named = [next((j for j, word in enumerate(words) if f" {word}" in turn.question), -100) for words in NAMED]
-            named += digits(next((int(word) for word in turn.question.strip("?").split() if word.isdigit()), -100))
-        asked += [[-100] * (len(NAMED) + 2)] * (len(ids) - len(targets) - 1) + [named] * len(answer)
+            number = next((int(word) for word in turn.question.strip("?").split() if word.isdigit()), -100)
+            named += (*digits(number), *about(example, turn, number))
+        asked += [nothing] * (len(ids) - len(targets) - 1) + [named] * len(answer)
         targets += [-100] * (len(ids) - len(targets) - 1) + [-100 if turn.mistaken else token for token in answer]
         ids += answer
         ids += encode("\n")
-    asked += [[-100] * (len(NAMED) + 2)] * (len(ids) - len(targets))
+    asked += [nothing] * (len(ids) - len(targets))
     targets += [-100] * (len(ids) - len(targets))
     positions, start, i, left = np.zeros((3, len(ids)), np.int64), 0, 0, list(grids)
     while i < len(ids):
@@ -337,7 +367,7 @@ def conversation(example: Example, grids: Sequence[tuple[int, int]]) -> tuple[li
         rows, columns = np.divmod(np.arange(h * w), w)
         positions[:, i:i + h * w] = start + np.stack([0 * rows, rows, columns])
         start, i = start + max(h, w), i + h * w
-    return ids, targets, positions, np.array(asked).T, starts
+    return Said(ids, targets, positions, np.array(asked).T, starts)
 
 
 def digits(number: int) -> tuple[int, int]:
@@ -350,38 +380,45 @@ def _encode(text: str) -> tuple[int, ...]:
     return tuple(make_tokenizer()(text, add_special_tokens=False)["input_ids"])
 
 
-def make_batch(examples: Sequence[Example]) -> Batch:
-    """Pack conversations; ids are padded at the end, where causal attention does not see them. A picture that several show is one."""
+def make_batch(examples: Sequence[Example], encoded: Mapping[int, Tensor] | None = None) -> Batch:
+    """Pack conversations; ids are padded at the end, where causal attention does not see them. A picture that several show is one.
+
+    encoded   the encoder's rows [r, D] by id() of a picture, if they are known for all
+    """
     own = {id(p): p for e in examples for p in e.pictures}
-    made = {key: patches(p) for key, p in own.items()}
-    said = [conversation(e, [made[id(p)][1] for p in e.pictures]) for e in examples]
-    t = max(len(ids) for ids, *_ in said)
+    grids = {key: grid_of(p) for key, p in own.items()}
+    said = [conversation(e, [grids[id(p)] for p in e.pictures]) for e in examples]
+    t = max(len(s.ids) for s in said)
     ids, targets = np.zeros((len(said), t), np.int64), np.full((len(said), t), -100, np.int64)
-    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((len(NAMED) + 2, len(said), t), -100, np.int64)
+    positions, asked = np.zeros((3, len(said), t), np.int64), np.full((len(NAMED) + 4, len(said), t), -100, np.int64)
     part = np.zeros((len(said), t), np.int64)                                  # the turn that a token belongs to; 0: all
-    for i, (a, b, p, q, starts) in enumerate(said):
-        ids[i, :len(a)], targets[i, :len(b)], positions[:, i, :len(a)], asked[:, i, :len(a)] = a, b, p, q
-        for start in starts:
+    for i, s in enumerate(said):
+        n = len(s.ids)
+        ids[i, :n], targets[i, :n], positions[:, i, :n], asked[:, i, :n] = s.ids, s.targets, s.positions, s.asked
+        for start in s.starts:
             part[i, start:] += 1
-    grids = sorted({grid for _, grid in made.values()})
-    by_size = [key for g in grids for key, (_, grid) in made.items() if grid == g]
+    sizes = sorted({*grids.values()})
+    by_size = [key for g in sizes for key, grid in grids.items() if grid == g]
     first, at = {}, 0
     for key in by_size:
         first[key] = at
-        at += made[key][1][0] * made[key][1][1]
-    tokens = [(first[id(p)] + np.arange(h * w), n, e.numbered) for e in examples for n, p in enumerate(e.pictures)
-              for h, w in [made[id(p)][1]]]
-    rows = np.concatenate([r for r, *_ in tokens])
-    aims = [row_targets(own[key], made[key][1]) for key in by_size]
+        at += grids[key][0] * grids[key][1]
+    shown = [(first[id(p)] + np.arange(grids[id(p)][0] * grids[id(p)][1]), n, e) for e in examples for n, p in enumerate(e.pictures)]
+    rows = np.concatenate([r for r, *_ in shown])
+    aims = [row_targets(own[key], grids[key]) for key in by_size]
     glyphs, things, boxes, lines = (np.concatenate(a) for a in zip(*aims))
-    centres = [np.stack(np.divmod(np.arange(h * w), w)[::-1], axis=-1) + 0.5 for h, w in (made[key][1] for key in by_size)]
-    numbers = np.concatenate([np.full(len(r), n if n < NUMBERED else -100, np.int64) for r, n, _ in tokens])
-    labels = np.concatenate([np.tile(np.array([digits(n + 1 if numbered else -100)]).T, len(r)) for r, n, numbered in tokens], axis=1)
-    labels[:, ~((things > 0) | (glyphs > 0).any(1))[rows]] = -100
-    stacks = [torch.from_numpy(np.stack([x for x, grid in (made[key] for key in by_size) if grid == g])) for g in grids]
-    return Batch(*map(torch.from_numpy, (ids, positions, targets, asked)), stacks, grids,
-                 *map(torch.from_numpy, (rows, glyphs, things, boxes, lines, numbers, labels, np.concatenate(centres).astype(np.float32))),
-                 _seen(part) if part.any() else None)
+    centres = [np.stack(np.divmod(np.arange(h * w), w)[::-1], axis=-1) + 0.5 for h, w in (grids[key] for key in by_size)]
+    # of each picture: its place, which of two albums it is in, the digits of its number
+    told = [(n, int(n >= e.second) if e.second else -100, *digits(n + 1 if e.numbered else -100)) for _, n, e in shown]
+    numbers, albums, *labels = np.repeat(np.array(told, np.int64), [len(r) for r, *_ in shown], axis=0).T
+    empty = ~((things > 0) | (glyphs > 0).any(1))[rows]
+    albums, labels = np.where(empty, -100, albums), np.where(empty, -100, np.stack(labels))
+    stacks = [] if encoded is not None else [
+        torch.from_numpy(np.stack([patches(own[key]) for key in by_size if grids[key] == g])) for g in sizes]
+    return Batch(*map(torch.from_numpy, (ids, positions, targets, asked[:-2], asked[-2:])),
+                 [turn.task for e in examples for turn in e.turns if not turn.mistaken], stacks, sizes,
+                 *map(torch.from_numpy, (rows, glyphs, things, boxes, lines, numbers, albums, labels, np.concatenate(centres).astype(np.float32))),
+                 _seen(part) if part.any() else None, None if encoded is None else torch.cat([encoded[key] for key in by_size]))
 
 
 def _seen(part: np.ndarray) -> Tensor:
@@ -389,118 +426,6 @@ def _seen(part: np.ndarray) -> Tensor:
     turn = torch.from_numpy(part)
     own = (turn[:, :, None] == turn[:, None]) | (turn[:, None] == 0)           # [b, t, t]
     return (own & torch.ones(own.shape[1:], dtype=torch.bool).tril())[:, None]
-
-
-# ---- forward -------------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _plan(grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the order of picture groups by window [r], its inverse, positions [n, 2] and which patches share a window [n, n]."""
-    h, w = grid
-    row, column = np.divmod(np.arange(h * w), w)
-    side = VISION["window_size"] // PATCH // MERGE                          # type: ignore[operator]
-    window = row // side * w + column // side
-    order = np.argsort(window, kind="stable")
-    dy, dx = np.divmod(np.arange(MERGE * MERGE), MERGE)
-    places = np.stack([(MERGE * a[order, None] + d).reshape(-1) for a, d in ((row, dy), (column, dx))], axis=-1)
-    member = np.repeat(window[order], MERGE * MERGE)
-    return (torch.from_numpy(order), torch.from_numpy(np.argsort(order)), torch.from_numpy(places),
-            torch.from_numpy(member[:, None] == member[None, :]))
-
-
-def see(model: Any, batch: Batch) -> Tensor:
-    """Run the encoder: soft rows [r, D], picture by picture in the batch's order of sizes."""
-    visual = model.model.visual
-    kernel = visual.patch_embed.proj.weight.sum(2).flatten(1)               # a still picture fills both frames of a patch
-    plans, x, turns, shapes = [_plan(g) for g in batch.grids], [], [], []
-    for stack, (order, _, places, _) in zip(batch.patches, plans):
-        b, n, k = stack.shape
-        x.append(F.linear(stack.view(b, n // 4, 4, k)[:, order].reshape(b * n, k), kernel))
-        cos, sin = visual.rotary_pos_emb(stack, places)
-        turns.append((cos.repeat(b, 1)[:, None], sin.repeat(b, 1)[:, None]))
-        shapes.append((b, n))
-    h = torch.cat(x)
-    cos, sin = (torch.cat([t[i] for t in turns]) for i in range(2))
-    counts = [b * n for b, n in shapes]
-    for i, block in enumerate(visual.blocks):
-        qkv = block.attn.qkv(block.norm1(h)).view(h.shape[0], 3, block.attn.num_heads, -1)
-        q, k = (_turn(qkv[:, j], cos, sin).to(qkv.dtype) for j in range(2))
-        out = []
-        for (b, n), (_, _, _, same), *parts in zip(shapes, plans, *(a.split(counts) for a in (q, k, qkv[:, 2]))):
-            heads = [a.view(b, n, a.shape[1], -1).transpose(1, 2) for a in parts]
-            scores = heads[0] @ heads[1].transpose(2, 3) * block.attn.scaling       # short rows: torch's fused one is slower
-            if i not in visual.fullatt_block_indexes:
-                scores = scores.masked_fill(~same, -torch.inf)
-            out.append((scores.softmax(-1).to(qkv.dtype) @ heads[2]).transpose(1, 2).reshape(b * n, -1))
-        h = h + block.attn.proj(torch.cat(out))
-        h = h + block.mlp(block.norm2(h))
-    soft = visual.merger(h)
-    parts = soft.split([c // 4 for c in counts])
-    return torch.cat([p.view(b, n // 4, -1)[:, back].flatten(0, 1) for p, (b, n), (_, back, _, _) in zip(parts, shapes, plans)])
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-def hidden(model: Any, batch: Batch, soft: Tensor, halfway: list[Tensor] | None = None) -> Tensor:
-    """Run the decoder over the conversations with the pictures' rows in place: [b, t, D].
-
-    halfway: gets what the decoder's second half finds: image tokens [s, D], and all tokens [b, t, D].
-    """
-    text = model.model.language_model
-    x = text.embed_tokens(batch.ids)
-    shown = batch.ids == model.config.image_token_id
-    x = x.masked_scatter(shown[..., None], soft[batch.rows].to(x.dtype))
-    handle = None
-    if halfway is not None:
-        middle = text.layers[len(text.layers) // 2]
-        handle = middle.register_forward_pre_hook(lambda _, inputs: halfway.extend((inputs[0][shown], inputs[0])))
-    try:
-        mask = None if batch.seen is None else {"full_attention": batch.seen}
-        return text(inputs_embeds=x, attention_mask=mask, position_ids=batch.positions, use_cache=False).last_hidden_state
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
-def alone(example: Example) -> list[Example]:
-    """List the conversations that an example of turns apart holds at once."""
-    return [replace(example, turns=(turn,), apart=False) for turn in example.turns] if example.apart else [example]
-
-
-def check_forward(model: Any, examples: Sequence[Example]) -> float:
-    """Compare with transformers' own forward, one conversation at a time; return the largest difference of a logit.
-
-    The ids are those of the chat template and the patches those of the processor, so that these are compared as well.
-    """
-    tokenizer, examples = make_tokenizer(), [one for example in examples for one in alone(example)[:3]]
-    batch, worst = make_batch(examples), 0.0
-    processor = transformers.Qwen2VLImageProcessorPil(
-        patch_size=PATCH, temporal_patch_size=FRAMES, merge_size=MERGE, min_pixels=pictures.MIN_PIXELS,
-        max_pixels=pictures.MAX_PIXELS, image_mean=[MEAN] * 3, image_std=[STD] * 3)
-    with torch.no_grad():
-        ours = model.lm_head(hidden(model, batch, see(model, batch)))
-        for i, example in enumerate(examples):
-            made = processor(images=[PIL.Image.fromarray(p.pixels) for p in example.pictures], return_tensors="pt")
-            messages: list[dict[str, Any]] = []
-            for turn, n in zip(example.turns, example.shown()):
-                shown = pictures.shown_parts(example, [{"type": "image"} for _ in range(n)])
-                messages += [{"role": turn.role, "content": [*shown, {"type": "text", "text": turn.question}]},
-                             {"role": "assistant", "content": turn.mistaken or turn.answer}]
-            text = tokenizer.apply_chat_template(messages, tools=example.functions() or None, tokenize=False)
-            for _, h, w in made["image_grid_thw"].tolist():
-                text = text.replace("<|vision_start|><|image_pad|><|vision_end|>",
-                                    "<|vision_start|>" + "<|image_pad|>" * (h * w // 4) + "<|vision_end|> ", 1)
-            ids = torch.tensor([tokenizer(text.replace("<|vision_end|> ", "<|vision_end|>"))["input_ids"]])
-            if ids[0].tolist() != batch.ids[i, :ids.shape[1]].tolist():
-                raise AssertionError(f"the template makes other ids of {example.turns}")
-            kinds = (ids == model.config.image_token_id).int()
-            theirs = model(input_ids=ids, mm_token_type_ids=kinds, **made).logits[0]
-            worst = max(worst, float((theirs - ours[i, :ids.shape[1]]).abs().max()))
-    return worst
 
 
 def _towards(x: Tensor, words: Iterable[str], aim: Tensor, table: Tensor) -> Tensor:
@@ -528,6 +453,8 @@ class Reader(nn.Module):
         self.numbers = nn.Linear(WIDTH, NUMBERED)
         self.labels = nn.Linear(WIDTH, 2 * 10)
         self.sought = nn.Linear(WIDTH, 2 * 10)
+        self.new = nn.Linear(WIDTH, 2)
+        self.albums = nn.Linear(WIDTH, 2)
 
     def forward(self, soft: Tensor, batch: Batch, table: Tensor) -> tuple[Tensor, float]:
         """Return the loss and the share of characters that are right; table [vocabulary, D] embeds the decoder's tokens.
@@ -557,8 +484,14 @@ class Reader(nn.Module):
                 loss = loss + _towards(tokens[known], words, aims[known], table)
         return loss + _digits_loss(self.sought, tokens, batch.asked[len(NAMED):])
 
+    def which_album(self, rows: Tensor, batch: Batch) -> Tensor:
+        """Compute the loss of rows before the layer that compares two albums: which of them they are of."""
+        known = batch.albums >= 0
+        return F.cross_entropy(self.albums(rows[known]).float(), batch.albums[known])
+
     def where(self, rows: Tensor, batch: Batch, table: Tensor) -> Tensor:
-        """Compute the loss of rows halfway through the decoder: which picture they are of, edges of a shape's box, a line's key.
+        """Compute the loss of rows halfway through the decoder: which picture they are of, if it is new, edges of a shape's box,
+        a line's key.
 
         Of the edges and of the box's middle, the tens of their pixels. The encoder sees one picture and has relative positions only: the first two are the
         decoder's to find out.
@@ -566,8 +499,11 @@ class Reader(nn.Module):
         things, lines = batch.things[batch.rows], batch.lines[batch.rows]
         there, lined = things > 0, lines >= 0
         loss = _digits_loss(self.labels, rows, batch.labels)
-        if (batch.numbers >= 0).any():
-            loss = loss + F.cross_entropy(self.numbers(rows).float(), batch.numbers)
+        if (first := batch.numbers < NUMBERED).any():
+            loss = loss + F.cross_entropy(self.numbers(rows[first]).float(), batch.numbers[first])
+        if (second := batch.albums == 1).any():
+            found, new = self.new(rows[second]).float(), _is_new(batch)[second].long()
+            loss = loss + sum(F.cross_entropy(found[new == n], new[new == n]) for n in new.unique())
         if lined.any():
             loss = loss + _towards(rows[lined], KEYS, lines[lined], table)
         if there.any():
@@ -576,3 +512,51 @@ class Reader(nn.Module):
             tens = (edges * GROUP / 10).long().clamp(0, TENS - 1)
             loss = loss + F.cross_entropy(self.edges(rows[there]).float().view(-1, TENS), tens.view(-1))
         return loss
+
+
+def _of_token(batch: Batch, values: Tensor) -> Tensor:
+    """Lay what is said of image tokens [s] out as the tokens are: [b, t], -100 elsewhere."""
+    out = torch.full(batch.ids.shape, -100)
+    out[batch.ids == make_tokenizer().convert_tokens_to_ids("<|image_pad|>")] = values
+    return out
+
+
+def _is_new(batch: Batch) -> Tensor:
+    """Say of image tokens [s] if they show a shape that is not in the first of two albums."""
+    thing = torch.where(batch.albums >= 0, batch.things[batch.rows], -100)
+    things, album = (_of_token(batch, x) for x in (thing, batch.albums))
+    b, i = torch.nonzero(things >= 0, as_tuple=True)
+    old = ((things[b] == things[b, i][:, None]) & (album[b] == 0)).any(1)
+    new = torch.zeros_like(things, dtype=torch.bool)
+    new[b, i] = ~old
+    return new[batch.ids == make_tokenizer().convert_tokens_to_ids("<|image_pad|>")]
+
+
+def _missed(scores: Tensor, b: Tensor, i: Tensor, there: Tensor) -> Tensor:
+    """Compute -log of what attention gives from tokens (b, i) [k] to those that are there [k, t]: the mean, of the head that does it best.
+
+    scores [b, h, t, t]: before the softmax.
+    """
+    some = there.any(1)
+    if not some.any():
+        return scores.sum() * 0
+    given = scores[b[some], :, i[some]].float().log_softmax(-1)                 # [k, h, t]
+    return -given.masked_fill(~there[some][:, None], -torch.inf).logsumexp(-1).mean(0).max()
+
+
+def found_losses(scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Compute how far answers are from finding the picture that they are about, by what it shows and by its number.
+
+    Of the picture count the rows where something lies. scores [b, h, t, t]: of an attention, before the softmax.
+    """
+    numbers = _of_token(batch, torch.where((batch.albums >= 0) | (batch.labels[0] >= 0), batch.numbers, -100))
+    where = [torch.nonzero(aims >= 0, as_tuple=True) for aims in batch.found]
+    shows, by_number = (_missed(scores, b, i, numbers[b] == aims[b, i][:, None]) for aims, (b, i) in zip(batch.found, where))
+    return shows, by_number
+
+
+def matched_loss(scores: Tensor, batch: Batch) -> Tensor:
+    """Compute how far shapes of a second album are from finding those like them in the first; scores as in `found_losses`."""
+    things, album = (_of_token(batch, x) for x in (batch.things[batch.rows], batch.albums))
+    b, i = torch.nonzero(album == 1, as_tuple=True)
+    return _missed(scores, b, i, (things[b] == things[b, i][:, None]) & (album[b] == 0))

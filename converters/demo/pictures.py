@@ -49,6 +49,7 @@ ALPHABET = LETTERS + "0123456789"
 KEYS = ("TOTAL", "DATE", "PRICE", "ROOM", "CODE", "SEAT", "YEAR", "WEEK")       # of a form's lines; no two begin alike
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BOXES = ("locate", "find")              # tasks whose answer is a box
+THEN, NOW = "Then:", "Now:"              # before two albums to compare
 TOOL = "computer_use"                   # the function that Qwen2.5-VL's computer tool is called by
 Colour = tuple[int, int, int]
 
@@ -99,15 +100,25 @@ class Turn:
 class Example:
     """A conversation: pictures that no turn has of its own come before the first question; tools: names of functions to call.
 
-    numbered   before each of those pictures stands its number, from 1
+    before     texts that stand before those pictures, one for each or none: "" is left out
     apart      its turns are conversations of their own about the same pictures, which training holds at once
     """
 
     pictures: tuple[Picture, ...]
     turns: tuple[Turn, ...]
     tools: tuple[str, ...] = ()
-    numbered: bool = False
+    before: tuple[str, ...] = ()
     apart: bool = False
+
+    @property
+    def numbered(self) -> bool:
+        """Say whether before each picture stands its number, from 1."""
+        return self.before[:1] == ("1",)
+
+    @property
+    def second(self) -> int:
+        """Return where a second album begins that is to be compared with the first; 0: there is none."""
+        return self.before.index(NOW) if NOW in self.before else 0
 
     def shown(self) -> list[int]:
         """Count the pictures that each turn shows."""
@@ -120,10 +131,9 @@ class Example:
 
 
 def shown_parts(example: Example, parts: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Put the numbers of a numbered conversation before its pictures, as parts of a message."""
-    if not example.numbered:
-        return list(parts)
-    return [part for n, picture in enumerate(parts, 1) for part in ({"type": "text", "text": str(n)}, picture)]
+    """Put the texts that stand before a conversation's pictures there, as parts of a message."""
+    said = example.before or ("",) * len(parts)
+    return [part for text, picture in zip(said, parts) for part in ([{"type": "text", "text": text}] if text else []) + [picture]]
 
 
 def split_of(key: str) -> str:

@@ -22,6 +22,9 @@ def answer_by_marks(turn: Any, shown: Any) -> str:
     marks = [p.marks for p in shown]
     shapes = {n: m[0].what for n, m in enumerate(marks, 1) if len(m) == 1}
     last = turn.question.rstrip("?.").split()[-1]
+    if turn.task == "changed":
+        (new,) = {what for n, what in shapes.items() if n > len(marks) // 2} - {what for n, what in shapes.items() if n <= len(marks) // 2}
+        return f"A{'n' * new.startswith('o')} {new}."
     if turn.task == "which":
         (n,) = (n for n, what in shapes.items() if turn.question in (f"Which picture shows a {what}?", f"Which picture shows an {what}?"))
         return f"Picture {n}"
@@ -93,28 +96,118 @@ def test_numbers_stand_before_pictures() -> None:
     assert [p.get("text") for p in pictures.shown_parts(drawn("which"), parts)] == ["1", None, "2", None, "3", None]
 
 
+def test_of_two_albums_the_second_shows_the_same_things_but_one() -> None:
+    for seed, number in enumerate((4, 9, 24)):
+        example = drawn("changed", number, seed=seed)
+        half = len(example.pictures) // 2
+        first, second = ([p.marks[0].what for p in own] for own in (example.pictures[:half], example.pictures[half:]))
+        assert half == number // 2 == example.second and sum(a != b for a, b in zip(first, second, strict=True)) == 1
+        said = [part.get("text") for part in pictures.shown_parts(example, [{"type": "image"}] * len(example.pictures))]
+        assert [text for text in said if text] == [pictures.THEN, pictures.NOW] and said.index(pictures.NOW) == half + 1
+
+
 def test_training_runs_what_transformers_does_and_encodes_a_shared_picture_once() -> None:
     pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
-    from converters.demo import model
+    from converters.demo import forward, model
 
-    examples = [*many.albums(random.Random(1), "validation", 2, 6), drawn("which", 4, 25), drawn("way", 4)]
-    assert model.check_forward(model.make_model(3), examples) < 1e-4
-    assert examples[0].apart and len(model.alone(examples[0])) > 3
+    examples = [*many.albums(random.Random(1), "validation", 2, 6), drawn("which", 4, 25), drawn("way", 4), drawn("changed", 6)]
+    assert forward.check_forward(model.make_model(3), examples) < 1e-4
+    assert examples[0].apart and len(forward.alone(examples[0])) > 3
     batch = model.make_batch([examples[0]] * 3)
     assert len(batch.rows) == 3 * len(batch.things)
-    numbered = examples[0]
-    assert numbered.numbered and set(model.make_batch([numbered]).labels[1].tolist()) <= {-100, *range(1, 7)}
+    numbered = next(e for e in examples if e.numbered)
+    assert set(model.make_batch([numbered]).labels[1].tolist()) <= {-100, *range(1, 7)}
 
 
 def test_turns_apart_are_conversations_of_their_own() -> None:
     torch = pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
-    from converters.demo import model
+    from converters.demo import forward, model
 
     made, (example,) = model.make_model(3).eval(), many.albums(random.Random(2), "validation", 1, 5)
     logits = []
-    for examples in ([example], model.alone(example)):
+    for examples in ([example], forward.alone(example)):
         batch = model.make_batch(examples)
         with torch.no_grad():
-            hidden = model.hidden(made, batch, model.see(made, batch))
-        logits.append(made.lm_head(hidden)[batch.targets >= 0])
+            soft = forward.see(made, batch.patches, batch.grids)
+            hidden = forward.hidden(made, batch, soft)[batch.targets >= 0]
+            assert float((forward.answers(made, batch, soft).last - hidden).abs().max()) < 1e-4
+        logits.append(made.lm_head(hidden))
     assert logits[0].shape == logits[1].shape and float((logits[0] - logits[1]).abs().max()) < 1e-4
+
+
+def test_pool_has_the_rows_of_its_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
+    from converters.demo import forward, model, pool
+
+    made = model.make_model(3).eval()
+    monkeypatch.setattr(pool, "SIZE", 16)
+    own = pool.Pool("validation", 16)
+    for _ in range(3):
+        own.renew(made, random.Random(4), 8)
+    assert len(own.shown) == len(own.rows) == 16 and {id(s.picture) for s in own.shown} == set(own.rows)
+    assert [bool(s.shape) for s in own.some(random.Random(5), 8)].count(True) == 12        # two of each kind are all that there are
+    albums = many.albums(random.Random(6), "validation", 2, 5, 16, own.shown)
+    known, drawn_again = model.make_batch(albums, own.rows), model.make_batch(albums)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        seen = forward.see(made, drawn_again.patches, drawn_again.grids)
+    assert not known.patches and known.rows.equal(drawn_again.rows) and float((known.soft - seen).abs().max()) < 0.05 * float(seen.abs().max())
+
+
+def test_losses_of_what_answers_and_rows_should_find() -> None:
+    """Attention that gives all to what is sought costs nothing, and even attention the log of its share."""
+    torch = pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
+    from converters.demo import model
+
+    batch = model.make_batch([drawn("item", 5), drawn("which", 6), drawn("changed", 6)])
+    tokens = model._of_token(batch, batch.numbers)
+    marked = model._of_token(batch, torch.where(batch.things[batch.rows] > 0, batch.numbers, -100))
+    even = torch.zeros(3, 2, *2 * batch.ids.shape[1:])
+    ideal = even.clone()
+    for b, (example, plane) in enumerate(((drawn("item", 5), 1), (drawn("which", 6), 0), (drawn("changed", 6), 0))):
+        (turn,) = example.turns
+        shapes = [p.marks[0].what if len(p.marks) == 1 else "" for p in example.pictures]
+        picture = int(turn.question.rstrip("?").split()[-1]) - 1 if b == 0 else int(turn.answer.split()[1]) - 1 if b == 1 else max(
+            n for n, what in enumerate(shapes) if n >= 3 and what not in shapes[:3])
+        answer = batch.targets[b] >= 0
+        assert set(batch.found[plane, b, answer].tolist()) == {picture} and (batch.found[1 - plane, b] == -100).all()
+        ideal[b, 1, :, marked[b] == picture] = 50.0
+    shows, numbers = model.found_losses(ideal, batch)
+    assert float(shows) < 1e-4 and float(numbers) < 1e-4
+    t = batch.ids.shape[1]
+    assert abs(float(model.found_losses(even, batch)[1]) - np.log(t)) < 1e-4           # one row of a shape's picture has it
+    things, new = batch.things[batch.rows], model._is_new(batch)
+    assert int(new.sum()) == 1 and int(things[new]) == model.THINGS[drawn("changed", 6).turns[0].answer.split(" ", 1)[1].rstrip(".")]
+    where = model._of_token(batch, batch.albums)
+    assert set(where[2].tolist()) == {-100, 0, 1} and (tokens[2][where[2] == 1] >= 3).all() and (where[:2] == -100).all()
+    assert float(model.matched_loss(even, batch)) < np.log(t) + 1e-4
+
+
+def test_albums_grow_when_they_are_answered_for() -> None:
+    torch = pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
+    from converters.demo import model, train
+
+    training, batch = train.Training(0), model.make_batch([drawn("which", 4), drawn("colour", 4), drawn("text", 4)])
+    known = batch.targets[batch.targets >= 0]
+    right = torch.ones(len(known), dtype=torch.bool)
+    assert [all(span) for span in train.by_answer(right, batch)] == [True] * 3 and batch.tasks == ["which", "colour", "text"]
+    last_wrong = right.clone()
+    last_wrong[-1] = False                                                     # the end of the text's answer
+    assert training.watch("album", last_wrong, batch) == {"album most": 12, "right which": 1.0, "right colour": 1.0, "right text": 0.0}
+    for step in range(40):
+        training.step = step
+        training.watch("album", right, batch)
+    assert 14 <= training.most["album"] <= 15 and training.most["changes"] == train.FIRST_MOST["changes"]
+
+
+def test_steps_are_of_new_kinds_and_some_of_the_others() -> None:
+    pytest.importorskip("torch", reason="trains the model: pip install -r requirements/reference.txt")
+    from converters.demo import model, train
+
+    most = train.Training(0).most
+    steps = train.Steps(1, 0, 0, most, fixed=model.make_model(0))
+    kinds = [steps.kinds(step) for step in range(42)]
+    assert all(step[0] == "album" for step in kinds) and {kind for step in kinds for kind in step} == set(train.MIX)
+    assert sum("read" in step for step in kinds) == 21
+    first = next(iter(steps))
+    assert set(first) == set(kinds[0]) and all(batch.soft is not None and not batch.patches for batch in first.values())
+    assert len(first["album"].ids) * first["album"].ids.shape[1] < 2 * train.TOKENS
