@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,10 @@ import numpy as np
 
 from pyengine import ops
 from pyengine.native.blocks import ensure_codebooks
-from pyengine.dtype import dtype as dtype_of
+from pyengine.dtype import dtype as dtype_of, GROUP
 from pyengine.errors import GraphError
 from pyengine.graph.op import Case, Op, REGISTRY
+from pyengine.ops import recurrent
 from pyengine.ops.rope import mixed
 from pyengine.graph.tensor import make_leaf, Tensor
 
@@ -39,6 +40,8 @@ FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K
 # Largest squared error / squared result. Products with blocks round the activations to 8 bits; BF16 may round them to 8 bits too.
 TOLERANCE = {"F32": 1e-10, "F16": 1e-6, "BF16": 1e-4, "I32": 0.0}
 TOLERANCE_BLOCKS = 2e-4
+SUMMING = (ops.key_sums, ops.attention_sums)
+ATTENDING = (ops.attention, *SUMMING)                                          # whose queries see keys lo .. hi - 1
 
 
 @dataclass(frozen=True)
@@ -160,20 +163,41 @@ def jobs() -> Iterator[Job]:
 def integers(job: Job, name: str, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """Make numbers that suit an integer argument: cells within the cache, queries after their keys ..."""
     shapes = job.case.shapes
-    if name == "cells" and job.op is ops.attention:
+    if name == "cells" and job.op in ATTENDING:
         values = np.stack([rng.permutation(shapes["k"][1])[: shape[1]] for _ in range(shape[0])])
     elif name == "cells":
         values = rng.permutation(shapes["cache" if "cache" in shapes else "k_cache"][1])[: shape[0]]
     elif name == "chosen":
         values = np.stack([rng.permutation(shapes["w"][0][0])[: shape[1]] for _ in range(shape[0])])
     elif name in ("lo", "hi", "at"):
-        hi = np.maximum(shapes["k"][1] - shape[0] + np.arange(shape[0]) + 1, 1)
-        values = hi if name == "hi" else hi - 1 if name == "at" else np.maximum(hi - (job.window or shapes["k"][1]), 0)
+        n = shapes["x"][0] if job.op is ops.mean_rows else shapes["cells"][1] if job.op in SUMMING else shapes["k"][1]
+        hi = np.maximum(n - shape[0] + np.arange(shape[0]) + 1, 1)
+        values = hi if name == "hi" else hi - 1 if name == "at" else np.maximum(hi - (job.window or n), 0)
+    elif name in ("source", "target"):                                         # where groups begin
+        values = GROUP * rng.permutation(shapes["k_full" if name == "source" else "k"][1] // GROUP)[: shape[0]]
+    elif name == "before":                                                     # one conversation, from a state that was left
+        values = np.where(np.arange(shape[0]) == 0, 0, recurrent.FOLLOWS)
+    elif name == "after":
+        values = np.where(np.arange(shape[0]) == shape[0] - 1, 1, -1)
     else:
         ends = {"ids": lambda: shapes["table"][0], "seq": lambda: shapes["cells"][0], "axis": lambda: shapes["positions"][0],
                 "positions": lambda: 4096}
         values = rng.integers(0, ends[name](), shape)
     return values.astype(np.int32)
+
+
+# of floats that are not any number: keys of length 1, which keep a state bounded; a query's largest logit and a sum of at least 1
+FLOATS: dict[tuple[Any, str], Callable[[np.ndarray], np.ndarray]] = {
+    (ops.gated_delta_rule, "k"): lambda x: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6),
+    (ops.gated_delta_rule, "log_decay"): lambda x: -np.abs(x),
+    (ops.gated_delta_rule, "beta"): lambda x: 1 / (1 + np.exp(-x)),
+    (ops.key_sums, "stats"): lambda x: np.abs(x) + [3, 1],
+    (ops.merge_attention, "stats"): lambda x: np.abs(x) + [0, 1]}
+
+
+def changed_in_place(op: Any, name: str) -> bool:
+    """Say whether an argument is a state: a cache, or what the op gives back changed."""
+    return op.args[name].kind == "Cache" or any(r.kind == "Same" and r.axes[0] == name for r in op.results)
 
 
 @dataclass
@@ -194,7 +218,9 @@ class Copy:
                 continue
             many = shape if isinstance(shape, list) else [shape]
             kinds = kinds if isinstance(kinds, list) else [kinds] * len(many)
-            made = [integers(job, name, s, rng) if kind == "I32" else rng.standard_normal(s, np.float32) if kind == "F32" else
+            suited = FLOATS.get((job.op, name), lambda x: x)
+            made = [integers(job, name, s, rng) if kind == "I32" else
+                    suited(rng.standard_normal(s, np.float32)).astype(np.float32) if kind == "F32" else
                     random_blocks(dtype_of(kind), s, rng) for s, kind in zip(many, kinds)]
             copy.values[name] = made if isinstance(shape, list) else made[0]
         return copy
@@ -217,10 +243,11 @@ class Copy:
         args: dict[str, Any] = {}
         for name, spec in self.job.op.args.items():
             value, shape = self.values[name], self.job.case.shapes.get(name)
+            kind = "Cache" if changed_in_place(self.job.op, name) else spec.kind
             if isinstance(value, list):
-                args[name] = [leaf(f"{name}{j}.{i}", s, v, spec.kind) for j, (s, v) in enumerate(zip(shape, value))]
+                args[name] = [leaf(f"{name}{j}.{i}", s, v, kind) for j, (s, v) in enumerate(zip(shape, value))]
             else:
-                args[name] = None if value is None else leaf(f"{name}.{i}", shape, value, spec.kind)
+                args[name] = None if value is None else leaf(f"{name}.{i}", shape, value, kind)
         result = self.job.op(**args, **self.job.case.params)
         return result if isinstance(result, tuple) else (result,), inputs, states
 
@@ -238,13 +265,14 @@ def reads(job: Job, copy: Copy) -> dict[str, int]:
         out[name] = 0
         for a in listed(value):
             nbytes = a.raw.nbytes if isinstance(a, Blocks) else a.nbytes
-            if job.op is ops.attention and spec.kind == "Cache":
+            if job.op in ATTENDING and spec.kind == "Cache":
                 span = int(copy.values["hi"].max() - copy.values["lo"].min())
                 nbytes = nbytes * span // shape[1]
             elif by:
                 nbytes = nbytes * len(np.unique(copy.values[by])) // (shape[0] if isinstance(shape, list) else shape)[0]
             elif spec.kind == "Cache":
-                nbytes = nbytes * len(copy.values["cells"]) // shape[1]
+                used = GROUP * len(copy.values["target"]) if job.op is ops.cache_groups else len(copy.values["cells"])
+                nbytes = nbytes * used // shape[1]
             out[name] += int(nbytes)
     return out
 
@@ -268,7 +296,7 @@ def operations(job: Job, copy: Copy) -> float | None:
     shapes = {n: job.case.shapes.get(n) for n in job.op.args}
     args = {n: [Sized(part) for part in s] if isinstance(s, list) else None if s is None else Sized(s) for n, s in shapes.items()}
     total = declared(job.op, args, {p.name: p.default for p in job.op.params.values()} | job.case.params)
-    return total * seen(copy.values["lo"], copy.values["hi"], shapes["k"][1]) if job.op is ops.attention else total
+    return total * seen(copy.values["lo"], copy.values["hi"], shapes["k"][1]) if job.op in ATTENDING else total
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------
@@ -367,7 +395,7 @@ class Timed:
                     view = ops.slice(view, axis=axis, start=0, stop=1)
                 own = [ops.contiguous(view)]
             if i == 0:
-                self.specs, self.states = specs, new_states
+                self.specs = specs
             # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.
             outputs += own + [t for node in [results[0].node] for t in node.inputs if t.node.kind == "input"]
         prepared = Prepared(Declared(outputs), None, (), kernels_of(isa), isa, n_threads)
@@ -375,12 +403,19 @@ class Timed:
         self.program = prepared.load()
         for name, array in arrays.items():
             self.program.inputs[name].reshape(-1)[:] = array.reshape(-1)
-        for name, array in states.items():
+        self.states = states
+        self.begin()
+
+    def begin(self) -> None:
+        """Give the states the values that the job's copies have."""
+        for name, array in self.states.items():
             raw = np.ascontiguousarray(array)
             ctypes.memmove(self.program.states[name].memory.ctypes.data, raw.ctypes.data, raw.nbytes)
 
     def results(self) -> list[np.ndarray]:
-        """Return what copy 0 has computed: arrays of the program, and caches as they are now."""
+        """Run once from the beginning and return what copy 0 has computed: arrays of the program, and states as they are then."""
+        self.begin()
+        self.program.execute()
         own = iter(self.program.outputs)
         return [self._state(spec.axes[0]) if spec.kind == "Same" else next(own) for spec in self.specs]
 

@@ -90,7 +90,7 @@ class MacCheck(check.Check):
 
     def covers(self, job: Job) -> bool:
         """Leave out attention by bytes: its reference rounds, and Metal's kernel does not, whichever products are allowed."""
-        return job.case.params.get("products") != "int8"
+        return super().covers(job) and job.case.params.get("products") != "int8"
 
     @property
     def own(self) -> Device:

@@ -136,6 +136,15 @@ def test_every_op_with_a_kernel_has_jobs_and_every_job_its_own_name(kernels) -> 
     assert len({j.name for j in jobs}) == len(jobs)
 
 
+def test_every_declared_case_is_right(small, monkeypatch) -> None:
+    monkeypatch.setattr(small, "REPEAT", 1)
+    found = []
+    for job in small.jobs():
+        if job.label.startswith("case "):
+            found += small.measure(job, "generic", 1)[:1]
+    assert [r["name"] for r in found if not r["correct"]] == [] and len(found) > 100
+
+
 def test_random_blocks_have_moderate_values_in_every_format(kernels) -> None:
     for name in kernels.FORMATS:
         blocks = kernels.random_blocks(dtype(name), (8, 512), np.random.default_rng(0))

@@ -44,6 +44,11 @@ def test_everything_is_right_in_the_emulator(tmp_path: Path) -> None:
     assert set(found["speeds"]) == {"copy", "read", "s8", "bf16", "f16", "f32"} and min(found["speeds"].values()) > 0
 
 
+def test_every_declared_case_is_right_in_the_emulator(tmp_path: Path) -> None:
+    done, found = bare(tmp_path, "--only", "ops")
+    assert done.returncode == 0 and found["wrong"] == [] and found["ops"]["checked"] > 120, done.stdout[-4000:] + done.stderr[-4000:]
+
+
 def test_what_is_wrong_is_said_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(job: object, device: str) -> dict:
         raise RuntimeError("a planted fault")
