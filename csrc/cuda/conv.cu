@@ -6,7 +6,7 @@
  *                operations: of few outputs bound by memory, else by the product.
  * direct_kernel  A thread owns one output, whose group is smaller than a product's 16 rows (by channel: one). Neighbouring threads have
  *                neighbouring outputs of a place, so that pixels and weights are read in runs. 2 k operations; bound by L1.
- * Sums ascend with y, x and channel; a product's are linear's. Pixels beyond the picture are zeros, or left out.
+ * Neither has shared memory. Sums ascend with y, x and channel; a product's are linear's. Pixels beyond the picture are zeros, or left out.
  */
 #include "linear.h"
 #include "strides.h"

@@ -9,6 +9,7 @@
  *              U tiles, U by the mean number of rows of an expert. A unit's blocks read the expert's weights once; units of one expert
  *              meet in the second cache. How many units there are only the device knows: the grid has room for the most, and blocks
  *              beyond return at once.
+ * Sorting has no shared memory; the products' is in linear_*.cu. Bound by memory: each used expert's bytes once, where a unit holds all its rows.
  * The place of a pair does not matter for its result, and is the same in every run all the same: pairs of an expert are in their order.
  */
 #include "linear.h"

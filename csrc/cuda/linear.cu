@@ -3,7 +3,7 @@
  * Reference: pyengine/ops/matmul.py: linear. It becomes two launches, or one more for each further format among the weights:
  *   1. rows of x, normed, as int8, 16-bit floats or float32, once for all weights          linear_rows.cu
  *   2. the product with all matrices of a format; bias, glu, residual and cap at its end
- * A glu of matrices of two formats is two products and a launch that combines them.
+ * A glu of matrices of two formats is two products and a launch of combine: a thread owns an element; no shared memory; 12 bytes an element.
  */
 #include "linear.h"
 

@@ -5,7 +5,7 @@
  *                   linear_floats.metal multiply them. 8 k bytes a window for 2 k o operations: of few outputs bound by memory.
  * convolve_places   A thread owns one output, whose group is smaller than a product's 16 rows (by channel: one). Neighbouring threads have
  *                   neighbouring outputs of a place, so that pixels and weights are read in runs. 2 k operations.
- * Sums ascend with y, x and channel; a product's are linear's. Pixels beyond the picture are zeros, or left out.
+ * Neither has threadgroup memory. Sums ascend with y, x and channel; a product's are linear's. Pixels beyond the picture are zeros, or left out.
  */
 #include "activations.h"
 

@@ -2,7 +2,7 @@
  * Reference: pyengine/ops/norm.py: mean_rows.
  *
  * A thread owns one element of row i of `out` and adds its column in the order of the rows, as the CPU does. Neighbouring threads read
- * neighbouring elements: 4 bytes an element of x, once.
+ * neighbouring elements: 4 bytes an element of x, once. No threadgroup memory.
  */
 #include "common.h"
 

@@ -4,6 +4,7 @@
  * pick_largest  A threadgroup of 256 owns a row; threadgroup memory: 8 runs of 256 keys of 64 bits, 16 KB. It takes 7 runs at a time, and
  *               keeps the 256 largest so far beside them.
  * weigh_rows    Threadgroup (c, r) owns 4096 numbers of row r; threadgroup memory: their weights, 16 KB.
+ * Rows are read twice, 8 n bytes; sorting in threadgroup memory takes most of the time.
  */
 #include "common.h"
 #include "../weight.h"
