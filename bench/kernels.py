@@ -369,6 +369,13 @@ def tolerance(job: Job) -> float:
     return max(TOLERANCE.get(k, TOLERANCE_BLOCKS) for k in kinds)
 
 
+def corner(t: Tensor) -> Tensor:
+    """Return one element of a state that an op changes in place, to be a program's output where the op gives nothing else."""
+    for axis in range(t.ndim):
+        t = ops.slice(t, axis=axis, start=0, stop=1)
+    return ops.contiguous(t)
+
+
 # ---- timing -------------------------------------------------------------------------------------------------------------
 
 
@@ -388,12 +395,7 @@ class Timed:
             arrays |= new_inputs
             states |= new_states
             specs = result_specs(job, len(results))
-            own = [t for t, spec in zip(results, specs) if spec.kind != "Same"]
-            if not own:                                                        # all in place: look at one element of the state
-                view = results[0]
-                for axis in range(view.ndim):
-                    view = ops.slice(view, axis=axis, start=0, stop=1)
-                own = [ops.contiguous(view)]
+            own = [t for t, spec in zip(results, specs) if spec.kind != "Same"] or [corner(results[0])]
             if i == 0:
                 self.specs = specs
             # Inputs are outputs too: their memory must not be given to a later step, as they are set only once.

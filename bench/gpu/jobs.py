@@ -122,7 +122,7 @@ class Loaded:
             arrays |= new_inputs
             states |= new_states
             specs = kernels.result_specs(job, len(results))
-            own = [t for t, spec in zip(results, specs) if spec.kind != "Same"] or [_corner(results[0])]
+            own = [t for t, spec in zip(results, specs) if spec.kind != "Same"] or [kernels.corner(results[0])]
             if i == 0:
                 self.specs = specs
             # Inputs are outputs too, so that their memory is not given to a later step: a replay does not send them again.
@@ -185,13 +185,6 @@ class Loaded:
             run()
             run()
         return [run() / times / copies for _ in range(repeat)]
-
-
-def _corner(t: Tensor) -> Tensor:
-    """One element of a state that an op changes in place, where it gives nothing else."""
-    for axis in range(t.ndim):
-        t = ops.slice(t, axis=axis, start=0, stop=1)
-    return ops.contiguous(t)
 
 
 def checked(job: Job, device: str) -> dict[str, Any]:
