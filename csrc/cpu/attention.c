@@ -75,22 +75,22 @@ static void attend(const job *w, int64_t row, int64_t head, int64_t first, const
   const int most = t->form != FLOATS && t->direct ? FEW_ROWS : TILE_ROWS; /* queries at once */
   ahead k = ahead_of(t->next->k, cell_bytes(w->k)), v = ahead_of(t->next->v, cell_bytes(w->v));
   const int v0 = a / 16, v1 = (b + 15) / 16;
-  float p[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS];
+  float own[FEW_ROWS][TILE_KEYS], factor[FEW_ROWS], *place = kept_place(keeps, at, first);
   int64_t done = 0;
   for (int64_t tiles = (n + most - 1) / most; n; tiles--) {
     const int r = (int)((n + tiles - 1) / tiles); /* as even as they can be: 7 queries are 4 + 3 */
-    scores_of(t->form, w->k->dtype, r, q, w->e, t->kt, v0, v1, &k, p[0]);
+    float *const p = place ? place + done * TILE_KEYS : own[0];
+    scores_of(t->form, w->k->dtype, r, q, w->e, t->kt, v0, v1, &k, p);
     for (int i = 0; w->bias && i < r; i++)
-      add_bias(w, row + (done + i) / w->group, head + (done + i) % w->group, first, a, b, p[i]);
-    done += r;
+      add_bias(w, row + (done + i) / w->group, head + (done + i) % w->group, first, a, b, p + i * TILE_KEYS);
     if (a == 0 && b == TILE_KEYS)
-      for (int i = 0; i < r; i++) factor[i] = soften(p[i], 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
+      for (int i = 0; i < r; i++) factor[i] = soften(p + i * TILE_KEYS, 0, TILE_KEYS, 0, TILE_KEYS / 16, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
     else
-      for (int i = 0; i < r; i++) factor[i] = soften(p[i], a, b, v0, v1, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
-    for (int i = 0; keeps && i < r; i++) keep(keeps, at + i, first, v0, v1, p[i], s.top[i]);
-    at += r;
-    if (t->direct) direct_values(w->v->dtype, r, p[0] + a, t->cells->v + a, &v, w->f, s.acc, b - a, factor);
-    else tile(r, (int)(w->fp / 16), p[0] + a, TILE_KEYS, t->v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
+      for (int i = 0; i < r; i++) factor[i] = soften(p + i * TILE_KEYS, a, b, v0, v1, w->softcap, s.top + i, s.most + i, s.sum + 16 * i);
+    if (place) keep_tops(keeps, at + done, first, r, s.top);
+    done += r;
+    if (t->direct) direct_values(w->v->dtype, r, p + a, t->cells->v + a, &v, w->f, s.acc, b - a, factor);
+    else tile(r, (int)(w->fp / 16), p + a, TILE_KEYS, t->v + a * w->fp, w->fp, s.acc, w->fp, b - a, factor);
     q += r * w->e;
     s.top += r;
     s.most += r;

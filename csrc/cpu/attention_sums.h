@@ -17,14 +17,12 @@
 /* Rows of a unit: what is kept of them takes at most 16 MiB, but for contexts of which even LEAST_ROWS take more. */
 enum { SUM_ROWS = 32, LEAST_ROWS = 4, KEPT_FLOATS = 1 << 22, SPIN_TURN = 1 << 11, ABANDONED = 1 << 30 };
 
-/* Of one thread: probabilities [queries][keys], tops [tiles][queries], the largest logit and the total of each query; power: of a tile's tops to
- * those. base: the first key. */
+/* Of one thread: probabilities [tiles][queries][TILE_KEYS], tops [tiles][queries], the largest logit and the total of each query; power: of a
+ * tile's tops to those. base: the first key. */
 typedef struct kept { float *p, *tops, *largest, *total, *power; int64_t base, keys, queries; } kept;
 
 static int64_t kept_keys(int64_t l) { return pe_round_up(l, TILE_KEYS) + TILE_KEYS; }
-static int64_t kept_floats(int64_t queries, int64_t keys) {
-  return queries * keys + pe_round_up(queries, 16) * (keys / TILE_KEYS + 3);
-}
+static int64_t kept_floats(int64_t queries, int64_t keys) { return pe_round_up(queries, 16) * (keys + keys / TILE_KEYS + 3); }
 
 static int unit_counts(const job *w, const unit *u) {
   for (int64_t r = u->row; r < u->row + u->n_rows; r++)
@@ -39,19 +37,24 @@ static kept kept_at(const job *w, const unit *u, float *memory) {
     if (row_counts(w, r)) lo = pe_min(lo, w->lo[r]), hi = pe_max(hi, w->hi[r]);
   kept t = {.p = memory, .base = lo / TILE_KEYS * TILE_KEYS, .queries = pe_round_up(u->n_rows * w->group, 16)};
   t.keys = pe_round_up(hi - t.base, TILE_KEYS);
-  t.tops = t.p + u->n_rows * w->group * t.keys;
+  t.tops = t.p + t.queries * t.keys;
   t.largest = t.tops + t.queries * (t.keys / TILE_KEYS);
   t.total = t.largest + t.queries;
   t.power = t.total + t.queries;
   return t;
 }
 
-/* Keep the probabilities p of keys 16 v0 .. 16 v1 - 1 of the tile at `first` for query `at` of the unit. */
-PE_INLINE void keep(const kept *t, int64_t at, int64_t first, int v0, int v1, const float *p, float top) {
-  if (first < t->base || first >= t->base + t->keys) return; /* of rows that do not count */
-  float *to = t->p + at * t->keys + (first - t->base);
-  for (int i = v0; i < v1; i++) v16f_store(to + 16 * i, v16f_load(p + 16 * i));
-  t->tops[(first - t->base) / TILE_KEYS * t->queries + at] = top;
+/* Where the scores of query `at` of the unit for the tile at `first` become probabilities that stay, those of further queries behind them; 0:
+ * no row that counts sees the tile. */
+PE_INLINE float *kept_place(const kept *t, int64_t at, int64_t first) {
+  if (!t || first < t->base || first >= t->base + t->keys) return 0;
+  return t->p + ((first - t->base) * t->queries + at * TILE_KEYS);
+}
+
+/* Note the tops that n queries from `at` on have in the tile at `first`. */
+PE_INLINE void keep_tops(const kept *t, int64_t at, int64_t first, int n, const float *tops) {
+  float *to = t->tops + (first - t->base) / TILE_KEYS * t->queries + at;
+  for (int i = 0; i < n; i++) to[i] = tops[i];
 }
 
 /* Add what one query gives the keys of 16 i0 .. 16 i1 - 1; keys that it does not see have p = 0. power: of its top to the largest. */
@@ -86,8 +89,8 @@ PE_INLINE void add_tile(const job *w, const unit *u, const kept *t, int64_t firs
   for (int i = 0; one && i < TILE_KEYS / 16; i++) sum[i] = v16f_load(acc[0] + 16 * i);
   for (int64_t r = u->row; r < u->row + u->n_rows; r++) {
     if (!row_counts(w, r) || !seen(w, r, first, &a, &b)) continue;
-    const float *weights = w->weights + r * w->channels, *p = t->p + (r - u->row) * w->group * t->keys + (first - t->base);
-    for (int64_t at = (r - u->row) * w->group, end = at + w->group; at < end; at++, p += t->keys) {
+    const float *weights = w->weights + r * w->channels, *p = kept_place(t, (r - u->row) * w->group, first);
+    for (int64_t at = (r - u->row) * w->group, end = at + w->group; at < end; at++, p += TILE_KEYS) {
       if (one) add_share(p, a / 16, (b + 15) / 16, t->power[at] / t->total[at], weights[0], sum);
       else add_shares(w, p, a / 16, (b + 15) / 16, t->power[at], t->total[at], weights, acc);
     }
