@@ -15,7 +15,7 @@
 #include "attention_softmax.h"
 
 /* Rows of a unit: what is kept of them takes at most 16 MiB, but for contexts of which even LEAST_ROWS take more. */
-enum { SUM_ROWS = 32, LEAST_ROWS = 4, KEPT_FLOATS = 1 << 22, SPIN_TURN = 1 << 11, ABANDONED = 1 << 30 };
+enum { SUM_ROWS = 64, LEAST_ROWS = 4, KEPT_FLOATS = 1 << 22, SPIN_TURN = 1 << 11, ABANDONED = 1 << 30 };
 
 /* Of one thread: probabilities [tiles][queries][TILE_KEYS], tops [tiles][queries], the largest logit and the total of each query; power: of a
  * tile's tops to those. base: the first key. */
