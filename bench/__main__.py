@@ -193,7 +193,7 @@ def _add_cache(suites: Any, common: argparse.ArgumentParser) -> None:
     cache.add_argument("--seed", type=int, default=20_261_201, help="of the pictures")
     cache.add_argument("--task", action="append", help="may be repeated (default: all)")
     cache.add_argument("--pictures", type=int, action="append", metavar="N", help="of a question, may be repeated (default: 8, 16, 24)")
-    cache.add_argument("--tokens", type=int, choices=[16, 25, 36], default=16, help="of a picture (default: 16)")
+    cache.add_argument("--tokens", type=int, choices=[16, 25, 36, 64], default=16, help="of a picture (default: 16)")
     cache.add_argument("--policy", action="append", metavar="TEXT", help="look-m:merge=pivotal, h2o and the like, may be repeated (default: all)")
     cache.add_argument("--ratio", type=float, action="append", help="share of the cache, may be repeated (default: 1 to 0.01)")
     cache.add_argument("--kv", default="f16", help="format of the cache (default: f16)")

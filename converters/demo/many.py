@@ -1,4 +1,4 @@
-"""Conversations about many pictures, of 16 to 36 tokens each: what a cache that forgets has to keep.
+"""Conversations about many pictures, of 16 to 64 tokens each: what a cache that forgets has to keep.
 
 An album shows shapes, one of them on each picture, texts and forms. Its pictures are numbered by a text before each of them, and
 questions name a number or ask for one; or they are not, and one picture alone can answer each question. Of two albums the second shows
@@ -34,11 +34,11 @@ from .pictures import (
     word_page,
 )
 
-SIDES = {16: (100, 125), 25: (128, 153), 36: (156, 181)}       # by tokens of a picture: pixels of a side
+SIDES = {16: (100, 125), 25: (128, 153), 36: (156, 181), 64: (212, 237)}      # by tokens of a picture: pixels of a side
 LONGEST = 4                             # characters of a text
 TASKS = ("colour", "shape", "only text", "line", "way", "item", "text", "which", "changed")
 
-OFTEN = {"which": 2, "item": 2, "text": 5, "only text": 3, "line": 3}   # how often they are asked, beside others
+OFTEN = {"which": 2, "item": 2, "text": 8, "only text": 5, "line": 4}   # how often they are asked, beside others
 QUESTIONS = 12                          # about an album, at most
 
 
@@ -153,7 +153,7 @@ def albums(rng: random.Random, split: str, n: int, number: int, tokens: int = 16
     pool = pool or draw_pool(rng, split, max(32, n * number // 3), SIDES[tokens])
     out = []
     for _ in range(n):
-        texts = rng.choice((1, rng.randint(1, max(1, number // 4))))
+        texts = rng.choice((1, rng.randint(1, max(1, number // 2))))
         out.append(album(rng, _chosen(rng, pool, number, texts), rng.random() < 0.75, QUESTIONS))
     return out
 

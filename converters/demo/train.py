@@ -63,9 +63,11 @@ FEWEST, MOST, USUAL, GROWN, RECENT = 4, 36, 12, 0.82, 10
 FIRST_MOST = {"album": 12, "changes": 6}
 GROWS_BY = {"album": ("which", "item", "text"), "changes": ("changed",)}
 # of the pools, by tokens of a picture: how often a step takes its pictures there, how many there are at first, how many a step adds
-POOLS = {16: (8, 512, 24), 25: (1, 96, 16), 36: (1, 96, 16)}
+POOLS = {16: (5, 512, 24), 25: (1, 96, 16), 36: (2, 96, 16), 64: (1, 64, 8)}
 # of albums in a step; what a question has, and what a picture has beside its own
 TOKENS, PER_QUESTION, PER_PICTURE = 2600, 20, 4
+# of a conversation's pictures with what is beside them, in tokens
+LONGEST = 1900
 # batches of the other kinds that are kept to be used again, of each; the share of steps that draw a new one
 KEPT, NEW = 64, 0.5
 # of a step, for the encoder alone: in the first stage and afterwards
@@ -75,11 +77,18 @@ ASKED, FOUND = 0.5, 1.0                                     # weights of what an
 FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
 
 
+def fits(tokens: int) -> int:
+    """Return how many pictures of some tokens a conversation can have."""
+    return LONGEST // (tokens + PER_PICTURE)
+
+
 def examples(kind: str, n: int, rng: random.Random, split: str, step: int | None = None, most: int = USUAL) -> list[Example]:
     """Draw n conversations; in training (step) texts to read grow longer with the steps, and frames have up to `most` pictures."""
     if kind in many.KINDS:
         number = USUAL if step is None else rng.randint(FEWEST, most)
-        return many.KINDS[kind](rng, split, max(1, n // number), number, 16)
+        tokens = 16 if step is None else rng.choices(list(POOLS), [often for often, *_ in POOLS.values()])[0]
+        number = min(number, fits(tokens))
+        return many.KINDS[kind](rng, split, max(1, 16 * n // (number * tokens)), number, tokens)
     longest = {} if kind != "read" or step is None else {"longest": min(8, 3 + step // 60)}
     return [FAMILIES[kind](rng, split, **longest) for _ in range(n)]
 
@@ -124,7 +133,7 @@ class Steps(IterableDataset):
         tokens = rng.choices(list(POOLS), [often for often, *_ in POOLS.values()])[0]
         pool, (_, at_first, more) = self.pools.setdefault(tokens, Pool("train", tokens)), POOLS[tokens]
         pool.renew(self.fixed, rng, more if pool.shown else at_first)
-        number = rng.randint(FEWEST, int(self.most[kind]))
+        number = min(rng.randint(FEWEST, int(self.most[kind])), fits(tokens))
         questions = many.QUESTIONS if kind == "album" else 1
         n = max(1, round(TOKENS / (number * (tokens + PER_PICTURE) + questions * PER_QUESTION)))
         if kind == "album":

@@ -6,7 +6,8 @@
  * Units of one key/value head add theirs in the order of their rows: a thread waits for the unit before. So an element is added to query after
  * query, and its bits depend on neither threads nor units nor how a prompt is cut.
  *
- * Bytes: 4 a query and key are written and read again (SUM_ROWS rows x heads of the group x keys: they stay in the second and third cache).
+ * Bytes: 4 a query and key are written and read again (SUM_ROWS rows x heads of the group x keys: they stay in the second and third cache). The
+ * probabilities of a tile lie side by side: attention makes them there, and reading them is one run of memory.
  */
 #ifndef PE_ATTENTION_SUMS_H
 #define PE_ATTENTION_SUMS_H
