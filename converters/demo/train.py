@@ -77,6 +77,11 @@ ASKED, FOUND = 0.5, 1.0                                     # weights of what an
 FACTORS = (1.7, 1.0)                                        # of the rate: Muon's, AdamW's
 
 
+def a_size(rng: random.Random) -> int:
+    """Choose the tokens of a step's pictures, as often as POOLS says."""
+    return rng.choices(list(POOLS), [often for often, *_ in POOLS.values()])[0]
+
+
 def fits(tokens: int) -> int:
     """Return how many pictures of some tokens a conversation can have."""
     return LONGEST // (tokens + PER_PICTURE)
@@ -86,7 +91,7 @@ def examples(kind: str, n: int, rng: random.Random, split: str, step: int | None
     """Draw n conversations; in training (step) texts to read grow longer with the steps, and frames have up to `most` pictures."""
     if kind in many.KINDS:
         number = USUAL if step is None else rng.randint(FEWEST, most)
-        tokens = 16 if step is None else rng.choices(list(POOLS), [often for often, *_ in POOLS.values()])[0]
+        tokens = 16 if step is None else a_size(rng)
         number = min(number, fits(tokens))
         return many.KINDS[kind](rng, split, max(1, 16 * n // (number * tokens)), number, tokens)
     longest = {} if kind != "read" or step is None else {"longest": min(8, 3 + step // 60)}
@@ -130,7 +135,7 @@ class Steps(IterableDataset):
 
     def pooled(self, kind: str, rng: random.Random) -> demo.Batch:
         """Draw albums out of one of the pools."""
-        tokens = rng.choices(list(POOLS), [often for often, *_ in POOLS.values()])[0]
+        tokens = a_size(rng)
         pool, (_, at_first, more) = self.pools.setdefault(tokens, Pool("train", tokens)), POOLS[tokens]
         pool.renew(self.fixed, rng, more if pool.shown else at_first)
         number = min(rng.randint(FEWEST, int(self.most[kind])), fits(tokens))
